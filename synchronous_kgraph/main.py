@@ -1,0 +1,534 @@
+"""synchronous_kgraph: TODO
+"""
+
+import signal
+import sys
+
+# Ctrl-C during the imports, which take seconds, must not print a traceback.
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import math
+import operator
+import pathlib
+import queue
+import threading
+import time
+import traceback
+
+import torch
+import tqdm
+
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
+from mach import data, metrics
+import model
+import student
+import trainer
+
+EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
+
+# ------------------------------------------------------------ hyperparameters
+
+
+# Copied from synchronous_single/main.py
+def hparam(default, reason, *limits):
+    """A hyperparameter: default, unit or reason, and limits such as '>= 0'."""
+    return dataclasses.field(default=default,
+                             metadata=dict(reason=reason, limits=limits))
+
+
+@dataclasses.dataclass
+class Hyperparameters:
+    """Edit the defaults in place, or override one for a run: --name value."""
+    # Data.
+    data: str = hparam('data', 'folder of the MNIST files')
+    strict_data: bool = hparam(
+        False, 'stop where MNIST cannot be had, instead of drawing digits')
+    validation: int = hparam(
+        5000,
+        'training images held out for the eval lines, to choose hyperparameters on; with 0 eval lines show the test set',
+        '>= 0')
+    shards: str = hparam('full',
+                         'a part of the data for each MACH, or all of it',
+                         'in disjoint full')
+    # Run.
+    seed: int = hparam(0, 'of parameters, shards, shuffles and dropout', '>= 0',
+                       '< 2147483648')
+    steps: int = hparam(2000, 'training steps of each MACH', '>= 1')
+    batch_size: int = hparam(128, 'own images in a step of one MACH', '>= 1')
+    log_every: int = hparam(200, 'steps between two step lines', '>= 1')
+    evaluate_every: int = hparam(1000,
+                                 'steps between two eval lines, 0 for none',
+                                 '>= 0')
+    device: str = hparam('cpu', 'cpu, cuda or cuda:N')
+    precision: str = hparam(
+        'auto', 'of matrix products; auto measures which is faster here',
+        'in fp32 bf16 auto')
+    # Graph and messages.
+    k: int = hparam(
+        3, 'MACHs; 1 is the central baseline, one network on all the data',
+        '>= 1')
+    connected: bool = hparam(
+        True,
+        'False trains every MACH alone on its shard: the isolated baseline')
+    depth: int = hparam(
+        1,
+        'edges a Spike travels before synthetic inputs answer; 0 leaves students to learn, and sends no Grads',
+        '>= 0')
+    delay: int = hparam(
+        1,
+        'steps between computing a Grad and applying it; 0 is plain backpropagation',
+        '>= 0')
+    inputs: str = hparam('synthetic',
+                         'what a training step takes from its children',
+                         'in synthetic real')
+    grad_weight: float = hparam(
+        1.0,
+        'factor on the Grads of a MACH\'s own loss; 1 to 3 work, 10 collapses',
+        '>= 0')
+    # Networks.
+    embedding: int = hparam(64, 'units, what a MACH answers with', '>= 1')
+    hidden: int = hparam(512, 'units, both hidden layers of a MACH', '>= 1')
+    student_hidden: int = hparam(256, 'units, both hidden layers of a student',
+                                 '>= 1')
+    # Optimisation.
+    learning_rate: float = hparam(0.002,
+                                  'of a MACH, at the peak of its one cycle',
+                                  '>= 0')
+    student_learning_rate: float = hparam(0.002, 'of a student, likewise',
+                                          '>= 0')
+    warmup: float = hparam(0.1, 'share of the steps before that peak', '> 0',
+                           '< 1')
+    weight_decay: float = hparam(0.05,
+                                 'of AdamW, for a MACH but not its student',
+                                 '>= 0')
+    label_smoothing: float = hparam(
+        0.1, 'share of a target spread over all classes, against overfitting',
+        '>= 0', '< 1')
+    dropout: float = hparam(
+        0.0, 'of h in own rows, so that a MACH leans on its children', '>= 0',
+        '< 1')
+
+
+# Copied from synchronous_single/main.py
+def convert(field, value):
+    """One hyperparameter's value, from text or as edited in place.
+
+    Raises:
+        ArgumentTypeError: the wrong type, or outside of its limits.
+    """
+    kind = {bool: 'True or False', int: 'a whole number', float: 'a number'}
+    read = {bool: {'True': True, 'False': False}.__getitem__}
+    try:  # by way of text, so that what is edited in place is as strict
+        value = read.get(field.type, field.type)(str(value))
+        if field.type is float and not math.isfinite(value):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f'must be {kind[field.type]}, not {value!r}') from None
+    compare = {'>=': operator.ge, '>': operator.gt, '<': operator.lt}
+    for limit in field.metadata['limits']:
+        sign, bound = limit.split(' ', 1)
+        if sign == 'in':
+            allowed = value in bound.split(' ')
+        else:
+            allowed = compare[sign](value, float(bound))
+        if not allowed:
+            raise argparse.ArgumentTypeError(f'must be {limit}, not {value!r}')
+    return value
+
+
+# Copied from synchronous_single/main.py
+class Parser(argparse.ArgumentParser):
+    """Refuses bad input with one line and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f'{EXPERIMENT}: {message}\n')
+
+
+# Copied from synchronous_single/main.py
+def read_hyperparameters(words):
+    """The defaults above with what the command line overrides.
+
+    Args:
+        words: such as ['--k', '3', '--weight-decay=0'].
+    """
+    parser = Parser(description=__doc__,
+                    allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = dataclasses.fields(Hyperparameters)
+    for field in fields:
+        names = (f'--{field.name}', f'--{field.name.replace("_", "-")}')
+        reason = ', '.join(
+            (field.metadata['reason'], *field.metadata['limits']))
+        parser.add_argument(*dict.fromkeys(names),
+                            dest=field.name,
+                            default=field.default,
+                            metavar=field.type.__name__,
+                            help=f'{reason}; default {field.default}')
+    words = list(words)
+    for i in reversed(range(len(words) - 1)):  # join, so that -1e-3 is a value
+        if words[i].startswith('--') and not words[i + 1].startswith('--'):
+            if '=' not in words[i]:
+                words[i:i + 2] = [f'{words[i]}={words[i + 1]}']
+    values, unknown = parser.parse_known_args(words)
+    if unknown:
+        name = unknown[0].split('=')[0]
+        near = difflib.get_close_matches(
+            name.lstrip('-').replace('-', '_'), vars(values), 1, 0.5)
+        hint = f'did you mean --{near[0]}?' if near else 'see --help'
+        parser.error(f'there is no hyperparameter {name}; {hint}')
+    for field in fields:
+        try:
+            value = convert(field, getattr(values, field.name))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f'--{field.name} {error}')
+        setattr(values, field.name, value)
+    try:
+        torch.empty(0, device=values.device)
+    except (RuntimeError, AssertionError) as error:
+        here = 'cpu and cuda' if torch.cuda.is_available() else 'cpu'
+        parser.error(f'--device {values.device} is not there, only {here} '
+                     f'({str(error).splitlines()[0]})')
+    return Hyperparameters(**vars(values))
+
+
+# ----------------------------------------------------------------------- data
+
+
+# Copied from synchronous_sequence/main.py
+def load_data(settings):
+    """The dataset, and endless batches: shared by all MACHs, or one for each.
+
+    Raises:
+        data.DataError: the folder, split, shards or batch size cannot be.
+    """
+    dataset = data.load(settings.data, settings.validation,
+                        settings.strict_data)
+    shards = data.make_shards(dataset.train_labels, settings.k, settings.shards,
+                              settings.seed)
+    if settings.shards == 'full':  # in lockstep one batch serves all
+        shards = shards[:1]
+    return dataset, [
+        data.Batches(dataset.train_images, dataset.train_labels, shard,
+                     settings.batch_size, settings.seed * 1009 + i,
+                     settings.device) for i, shard in enumerate(shards)
+    ]
+
+
+# ---------------------------------------------------------------------- MACHs
+
+
+def children_of(settings):
+    """For each MACH the list of those that feed it: all others."""
+    if not settings.connected:
+        return [[] for _ in range(settings.k)]
+    return [[j for j in range(settings.k) if j != i] for i in range(settings.k)]
+
+
+# Copied from synchronous_sequence/main.py
+def make_networks(settings):
+    """Of each MACH its network, and its student (None without children)."""
+    torch.manual_seed(settings.seed)
+    networks = []
+    for children in children_of(settings):
+        mach, learner = model.Mach(len(children), settings.hidden,
+                                   settings.embedding), None
+        if children:
+            learner = student.Student(len(children), settings.student_hidden,
+                                      settings.embedding).to(settings.device)
+        networks.append((mach.to(settings.device), learner))
+    return networks
+
+
+def make_trainers(settings, batches):
+    """One thread: k MACHs, each fed by all others, in one autograd graph."""
+    machs, learners = zip(*make_networks(settings))
+    return {
+        'the graph of machs':
+            trainer.Trainer(machs, learners, children_of(settings), batches,
+                            settings)
+    }
+
+
+# -------------------------------------------------------------------- threads
+
+
+# Copied from synchronous_single/main.py
+class Worker(threading.Thread):
+    """Loops over the step of one trainer, which no other thread touches.
+
+    Args:
+        name: for messages.
+        trainer: has `step`, `report`, `staleness`, `copies`, `steps_taken`.
+        settings: the hyperparameters.
+        events: queue to the main thread, of (kind, worker, content).
+    """
+
+    def __init__(self, name, trainer, settings, events):
+        super().__init__(name=name, daemon=True)
+        self.trainer, self.settings, self.events = trainer, settings, events
+        self.halt = threading.Event()  # set: stop after this step
+        self.rest = threading.Event()  # set: hand over a copy, rest until clear
+        self.watch = metrics.Stopwatch()
+
+    @property
+    def rate(self):
+        """Training steps a second so far."""
+        return self.trainer.steps_taken / max(self.watch.seconds, 1e-9)
+
+    def run(self):
+        """The thread's body; whatever happens ends in an event."""
+        try:
+            self.watch.start()
+            while (self.trainer.steps_taken < self.settings.steps and
+                   not self.halt.is_set()):
+                self.trainer.step()
+                if self.trainer.steps_taken % self.settings.log_every == 0:
+                    self.events.put(('step', self, self.trainer.report()))
+                if self.rest.is_set():
+                    self._rest()
+            self.watch.pause()
+            self.events.put(('done', self, self.trainer.copies()))
+        except FloatingPointError as error:  # a loss that is not finite
+            self.events.put(('failed', self, str(error)))
+        except Exception:  # pylint: disable=broad-except
+            self.events.put(('failed', self, traceback.format_exc().rstrip()))
+
+    def _rest(self):
+        """Lets the main thread evaluate a copy while the clock stands still."""
+        self.watch.pause()
+        self.events.put(('copy', self, self.trainer.copies()))
+        while self.rest.is_set() and not self.halt.is_set():
+            time.sleep(0.005)
+        if self.trainer.steps_taken < self.settings.steps:
+            self.watch.start()
+
+
+# Copied from synchronous_single/main.py
+class Run:
+    """What the main thread does meanwhile: progress, log lines, evaluation.
+
+    Args:
+        settings: the hyperparameters.
+        dataset: to evaluate on.
+        trainers: name of each thread -> its trainer.
+    """
+
+    def __init__(self, settings, dataset, trainers):
+        self.settings, self.dataset = settings, dataset
+        self.events = queue.SimpleQueue()
+        self.workers = [
+            Worker(name, trainer, settings, self.events)
+            for name, trainer in trainers.items()
+        ]
+        self.copies = {}  # MACH -> (MACH, student) as last handed over
+        self.ended, self.failed = set(), set()  # workers
+        self._waiting = set()  # workers asked for a copy
+        self._next_evaluation = settings.evaluate_every or math.inf
+        self._bar = tqdm.tqdm(total=settings.steps * len(trainers),
+                              unit='step',
+                              disable=None)
+
+    def train(self):
+        """Trains to the end; KeyboardInterrupt ends it early, with copies."""
+        for worker in self.workers:
+            worker.start()
+        try:
+            while len(self.ended) < len(self.workers):
+                self._handle_event(timeout=0.1)
+                if self._mean_steps() >= self._next_evaluation:
+                    self._evaluate()
+        finally:
+            for worker in self.workers:
+                worker.halt.set()
+            deadline = time.monotonic() + 2
+            while (len(self.ended) < len(self.workers) and
+                   time.monotonic() < deadline):
+                self._handle_event(timeout=0.05)
+            self._bar.close()
+
+    def _mean_steps(self):
+        steps = sum(worker.trainer.steps_taken for worker in self.workers)
+        self._bar.update(steps - self._bar.n)
+        return steps / len(self.workers)
+
+    def _handle_event(self, timeout):
+        try:
+            kind, worker, content = self.events.get(timeout=timeout)
+        except queue.Empty:
+            return
+        step = worker.trainer.steps_taken
+        if kind == 'step':
+            for i, fields in content.items():
+                self._print('step', step, mach=i, **fields, rate=worker.rate)
+            return
+        self._waiting.discard(worker)
+        if kind == 'failed':
+            self.failed.add(worker)
+            for i in worker.trainer.staleness():
+                self.copies.pop(i, None)
+            print(
+                f'{EXPERIMENT}: {worker.name} failed in step {step + 1}: '
+                f'{content}',
+                file=sys.stderr)
+        else:
+            self.copies.update(content)
+        if kind != 'copy':
+            self.ended.add(worker)
+
+    def _evaluate(self):
+        """Prints an eval line while the workers rest, each after its step."""
+        step = self._next_evaluation
+        self._next_evaluation += self.settings.evaluate_every
+        if step >= self.settings.steps:
+            self._next_evaluation = math.inf
+        running = [w for w in self.workers if w not in self.ended]
+        self._waiting = set(running)
+        for worker in running:
+            worker.rest.set()
+        deadline = time.monotonic() + 5  # who is slower is shown as it was
+        while self._waiting and time.monotonic() < deadline:
+            self._handle_event(timeout=0.1)
+        images, labels = self.dataset.test_images, self.dataset.test_labels
+        if self.settings.validation:
+            images = self.dataset.validation_images
+            labels = self.dataset.validation_labels
+        found = evaluate(self.copies, self.settings, images, labels)
+        for worker in running:
+            worker.rest.clear()
+        if found:
+            mean = metrics.mean_final(list(found.values()))
+            self._print('eval',
+                        step,
+                        mach='mean',
+                        **mean,
+                        seconds=max(w.watch.seconds for w in self.workers))
+
+    def finals(self):
+        """The `final` fields of each MACH there is a copy of: test accuracy."""
+        found = evaluate(self.copies, self.settings, self.dataset.test_images,
+                         self.dataset.test_labels)
+        return [
+            dict(mach=i,
+                 **found[i],
+                 steps=worker.trainer.steps_taken,
+                 rate=worker.rate,
+                 **counts,
+                 seconds=worker.watch.seconds)
+            for worker in self.workers
+            for i, counts in worker.trainer.staleness().items()
+            if i in found
+        ]
+
+    def _print(self, kind, step, **fields):
+        self._bar.clear()
+        print(metrics.format_line(kind, step=step, **fields), flush=True)
+
+
+# ----------------------------------------------------------------- evaluation
+
+
+# Copied from synchronous_sequence/main.py
+@torch.no_grad()
+def evaluate(copies, settings, images, labels):
+    """Accuracies, in percent, of each MACH there is a copy of.
+
+    `synthetic`: it answers alone, on its student's inputs. `real`: its children
+    answer, and theirs, to the experiment's depth, each with the parameters of
+    the copy; where there is no copy of a child, the synthetic input stays.
+
+    Args:
+        copies: MACH -> (MACH, student), handed over by their threads.
+        settings: the hyperparameters.
+        images: uint8 [N, 784]; labels: [N].
+    """
+    children = children_of(settings)
+    logits = {i: {'synthetic': [], 'real': []} for i in copies}
+    for chunk in images.split(1000):
+        x = data.normalise(chunk.to(settings.device))  # [B, 784]
+        local = {i: mach.local_part(x) for i, (mach, _) in copies.items()}
+        synthetic = {
+            i: learner(x) if learner is not None else None
+            for i, (_, learner) in copies.items()
+        }
+        inputs = dict(synthetic)  # at depth 0
+        for depth in range(settings.depth + 1):
+            answers = {}
+            for i, (mach, _) in copies.items():
+                answers[i] = torch.relu(local[i] + mach.joined_part(inputs[i]))
+                for name, at in (('synthetic', 0), ('real', settings.depth)):
+                    if depth == at:
+                        logits[i][name].append(mach.head(answers[i]))
+            for i in copies:
+                if children[i]:
+                    inputs[i] = synthetic[i].clone()  # [B, C, E]
+                    for position, child in enumerate(children[i]):
+                        if child in answers:
+                            inputs[i][:, position] = answers[child]
+    return {
+        i: {
+            name: metrics.accuracy(torch.cat(parts).cpu(), labels)
+            for name, parts in of_mach.items()
+        } for i, of_mach in logits.items()
+    }
+
+
+# -------------------------------------------------------------------- summary
+
+
+# Copied from synchronous_single/main.py
+def main(words):
+    """Runs the experiment and prints its log; returns the exit status."""
+    settings = read_hyperparameters(words)
+    try:
+        dataset, batches = load_data(settings)
+    except data.DataError as error:
+        print(f'{EXPERIMENT}: {error}', file=sys.stderr)
+        return 2
+    settings.precision = metrics.choose_precision(settings.precision,
+                                                  settings.device)
+    print(
+        metrics.format_line('run',
+                            experiment=EXPERIMENT,
+                            dataset=dataset.name,
+                            train=len(dataset.train_labels),
+                            validation=len(dataset.validation_labels),
+                            test=len(dataset.test_labels),
+                            seed=settings.seed,
+                            device=settings.device,
+                            precision=settings.precision,
+                            **metrics.run_fields()))
+    print(metrics.format_line('hparams', **dataclasses.asdict(settings)),
+          flush=True)
+    run, status = Run(settings, dataset, make_trainers(settings, batches)), 0
+    try:
+        run.train()
+    except KeyboardInterrupt:
+        status = 130
+    if run.failed and status == 0:
+        status = 1
+    finals = run.finals()
+    if finals:
+        finals.append(dict(metrics.mean_final(finals), mach='mean'))
+    for final in finals:
+        print(metrics.format_line(
+            'final',
+            **dict(
+                dict(experiment=EXPERIMENT,
+                     dataset=dataset.name,
+                     seed=settings.seed,
+                     mach=final['mach']), **final)),
+              flush=True)
+    return status
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,52 @@
+"""The MACH: a local network, a joiner of its children's embeddings, a head."""
+
+import torch
+from torch import nn
+
+
+class Mach(nn.Module):
+    """One learning component with `children` neighbours that feed it.
+
+    The children's embeddings enter late, just before the embedding's relu: fed
+    into the first layer beside x, they are ignored.
+
+    Args:
+        children: C, how many MACHs answer this one; 0 for none.
+        hidden: width of the two hidden layers of the local network.
+        embedding: E, the width of what this MACH answers.
+        pixels: width of one flattened image.
+        classes: number of target classes.
+    """
+
+    def __init__(self, children, hidden, embedding, pixels=784, classes=10):
+        super().__init__()
+        self.local = nn.Sequential(  # x [B, 784] -> h [B, E]
+            nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
+            nn.ReLU(), nn.Linear(hidden, embedding))
+        self.joiner = None  # inputs [B, C * E] -> joined [B, E]
+        if children:
+            self.joiner = nn.Linear(children * embedding, embedding, bias=False)
+        self.head = nn.Linear(embedding, classes)  # d [B, E] -> logits [B, 10]
+
+    def forward(self, x, inputs=None):
+        """Embeds x [B, 784] with its children's inputs [B, C, E] -> d [B, E].
+
+        `inputs` may be None where there are no children. This is the answer to
+        a Spike, so it is free of dropout whatever the training mode.
+        """
+        return torch.relu(self.local_part(x) + self.joined_part(inputs))
+
+    # The two summands under the embedding's relu stand apart, because a training
+    # step drops units of the first alone, on its own rows, so that the MACH
+    # leans on its children. Autocast makes both bfloat16; what is summed, sent
+    # and compared with a student's output keeps the precision of the weights.
+
+    def local_part(self, x):
+        """x [B, 784] -> h [B, E], what this MACH makes of x by itself."""
+        return self.local(x).to(self.head.weight.dtype)
+
+    def joined_part(self, inputs):
+        """inputs [B, C, E] -> [B, E], what the children add; 0 without any."""
+        if self.joiner is None:
+            return 0.0
+        return self.joiner(inputs.flatten(1)).to(self.head.weight.dtype)
