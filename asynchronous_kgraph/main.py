@@ -375,7 +375,7 @@ class Run:
         step = worker.trainer.steps_taken
         if kind == 'step':
             for i, fields in content.items():
-                self._print('step', step, mach=i, **fields, rate=worker.rate)
+                self._print('step', step, i, dict(fields, rate=worker.rate))
             return
         self._waiting.discard(worker)
         if kind == 'failed':
@@ -413,11 +413,8 @@ class Run:
             worker.rest.clear()
         if found:
             mean = metrics.mean_final(list(found.values()))
-            self._print('eval',
-                        step,
-                        mach='mean',
-                        **mean,
-                        seconds=max(w.watch.seconds for w in self.workers))
+            mean['seconds'] = max(w.watch.seconds for w in self.workers)
+            self._print('eval', step, 'mean', mean)
 
     def finals(self):
         """The `final` fields of each MACH there is a copy of: test accuracy."""
@@ -435,9 +432,10 @@ class Run:
             if i in found
         ]
 
-    def _print(self, kind, step, **fields):
+    def _print(self, kind, step, mach, fields):
+        fields = dict(dict(step=step, mach=mach), **fields)
         self._bar.clear()
-        print(metrics.format_line(kind, step=step, **fields), flush=True)
+        print(metrics.format_line(kind, **fields), flush=True)
 
 
 # ----------------------------------------------------------------- evaluation

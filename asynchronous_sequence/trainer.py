@@ -92,15 +92,16 @@ class Trainer:
         self._dropped = 0
         self._generator = torch.Generator().manual_seed(settings.seed * 1009 +
                                                         index)
-        self._own_optimiser = _Optimiser(mach, settings.learning_rate,
-                                         settings.weight_decay, settings)
+        self._own_optimiser = Optimiser(mach.parameters(),
+                                        settings.learning_rate,
+                                        settings.weight_decay, settings)
         if student is not None:
-            self._student_optimiser = _Optimiser(student,
-                                                 settings.student_learning_rate,
-                                                 0.0, settings)
+            self._student_optimiser = Optimiser(student.parameters(),
+                                                settings.student_learning_rate,
+                                                0.0, settings)
         self._staleness_max = 0
         self._staleness_total = self._grads_applied = 0
-        self._clear_window()
+        self._window = collections.Counter()
 
     def connect(self, neighbour, link):
         """Names the link that carries messages to a neighbour."""
@@ -108,12 +109,17 @@ class Trainer:
 
     # ------------------------------------------------------------- the step
 
-    def step(self):
-        """One training step; waits for nothing unless `inputs` is `real`."""
+    def step(self, stopped=lambda: False):
+        """One training step; waits for nothing unless `inputs` is `real`.
+
+        Args:
+            stopped: tells whether to give up waiting.
+        """
         x, y, inquiry = self.open_step()
-        while inquiry is not None and inquiry.key in self._inquiries:
+        while (inquiry is not None and inquiry.key in self._inquiries and
+               not stopped()):
             # A k-graph is all cycles: who waits must go on answering others.
-            self.serve(max(0.0, inquiry.expires - self._clock()))
+            self.serve(min(0.1, max(0.0, inquiry.expires - self._clock())))
         self.close_step(x, y, inquiry)
 
     def open_step(self):
@@ -153,7 +159,7 @@ class Trainer:
             loss = functional.cross_entropy(
                 logits, y, label_smoothing=self.settings.label_smoothing)
             embedding = embedding[rows:]  # [R - B, E]
-        self._check(loss)
+        check_finite(loss, 'target loss', self.steps_taken + 1)
         self._answer(served, embedding.detach())
         self._apply(loss, served, embedding)
         if self.settings.depth > 0:
@@ -162,10 +168,10 @@ class Trainer:
             self._ask(x, max(0, self.settings.depth - 1))
         self._teach()
         self.steps_taken += 1
-        self._window['steps'] += 1
-        self._window['loss'] += loss.detach()
-        self._window['correct'] += (logits.argmax(1) == y).sum()
-        self._window['images'] += rows
+        self._window.update(steps=1,
+                            images=rows,
+                            loss=loss.item(),
+                            correct=(logits.argmax(1) == y).sum().item())
 
     def serve(self, timeout):
         """Answers Spikes without training; waits up to `timeout` s for mail.
@@ -373,10 +379,10 @@ class Trainer:
         self._lessons.clear()
         with self._autocast():
             loss = students.synthetic_loss(self.student(x), real, answered)
+        check_finite(loss, 'synthetic loss', self.steps_taken + 1)
         loss.backward()
         self._student_optimiser.step()
-        self._window['lessons'] += 1
-        self._window['synthetic_loss'] += loss.detach()
+        self._window.update(lessons=1, synthetic_loss=loss.item())
 
     def _dropout_mask(self, local, rows):
         """A factor for local [R, E]: 0 or 1 / (1 - p) in own rows, 1 below."""
@@ -392,54 +398,55 @@ class Trainer:
                               torch.bfloat16,
                               enabled=self.settings.precision == 'bf16')
 
-    def _check(self, loss):
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f'the loss is {loss.item()} in step '
-                                     f'{self.steps_taken + 1}')
-
     # -------------------------------------------------------------- results
 
     def report(self):
-        """Means since the last report, for the log's `step` line; resets."""
-        window = self._window
-        fields = {'loss': float(window['loss']) / max(1, window['steps'])}
-        fields['train'] = (100.0 * float(window['correct']) /
-                           max(1, window['images']))
-        if window['lessons']:
-            fields['synthetic_loss'] = (float(window['synthetic_loss']) /
-                                        window['lessons'])
-        fields['staleness'] = self.staleness()['staleness']
-        self._clear_window()
-        return fields
+        """The log's `step` fields of this MACH since the last report."""
+        window, self._window = self._window, collections.Counter()
+        steps, lessons = max(1, window['steps']), max(1, window['lessons'])
+        return {
+            self.index: {
+                'loss': window['loss'] / steps,
+                'train': 100.0 * window['correct'] / max(1, window['images']),
+                'synthetic_loss': window['synthetic_loss'] / lessons,
+                'staleness': self.staleness()[self.index]['staleness'],
+            }
+        }
 
     def staleness(self):
-        """How late Grads were over the whole run, in steps of this MACH."""
+        """How late this MACH's Grads were over the whole run, in its steps."""
         return {
-            'staleness': self._staleness_total / max(1, self._grads_applied),
-            'staleness_max': self._staleness_max,
-            'dropped': self.mailbox.dropped + self._dropped,
+            self.index: {
+                'staleness':
+                    self._staleness_total / max(1, self._grads_applied),
+                'staleness_max':
+                    self._staleness_max,
+                'dropped':
+                    self.mailbox.dropped + self._dropped,
+            }
         }
 
     def copies(self):
-        """A copy of (MACH, student or None) that nobody else writes to."""
-        return copy.deepcopy(self.mach), copy.deepcopy(self.student)
+        """This MACH's index -> a copy of (MACH, student), the reader's to keep."""
+        return {
+            self.index: (copy.deepcopy(self.mach), copy.deepcopy(self.student))
+        }
 
-    def _clear_window(self):
-        self._window = collections.Counter()
 
-
-class _Optimiser:
+# Copied from synchronous_single/trainer.py
+class Optimiser:
     """AdamW with one learning-rate cycle over the run; a step clears the grads.
 
     Args:
-        module: whose parameters it owns.
+        parameters: those it owns.
         learning_rate: at the peak of the cycle.
         weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
-        settings: has `steps`, the length of the cycle, and `warmup`.
+        settings: has `steps`, the length of the cycle, and `warmup`, the share
+            of it before the peak.
     """
 
-    def __init__(self, module, learning_rate, weight_decay, settings):
-        self._adamw = torch.optim.AdamW(module.parameters(),
+    def __init__(self, parameters, learning_rate, weight_decay, settings):
+        self._adamw = torch.optim.AdamW(parameters,
                                         lr=learning_rate,
                                         weight_decay=weight_decay,
                                         fused=True)
@@ -455,3 +462,10 @@ class _Optimiser:
         self._adamw.step()
         self._cycle.step()
         self._adamw.zero_grad(set_to_none=True)
+
+
+# Copied from synchronous_single/trainer.py
+def check_finite(loss, name, step):
+    """Raises FloatingPointError, with its name and step, for a loss gone NaN."""
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f'the {name} is {loss.item()} in step {step}')

@@ -7,7 +7,6 @@ a global random generator.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import os
 import shutil
@@ -20,6 +19,7 @@ import time
 import torch
 from torch.nn import functional
 from torchvision import datasets
+from torchvision.datasets import utils
 
 CLASSES = 10
 SIDE = 28  # pixels; an image is SIDE * SIDE = 784 of them, row by row
@@ -241,7 +241,8 @@ def _read_mnist(folder, end):
         created.append(path)
         path = os.path.dirname(path)
     try:
-        os.makedirs(folder, exist_ok=True)
+        if created:
+            os.makedirs(folder, exist_ok=True)
         return _read_or_fetch(folder, end)
     except OSError as error:
         raise DataError(f'cannot use the data folder {folder}: '
@@ -292,9 +293,8 @@ def _intact(path, md5, writable):
     """Whether `path` is there and right; if wrong, names it, moves it aside."""
     if not os.path.exists(path):
         return False
-    with open(path, 'rb') as file:
-        if hashlib.file_digest(file, 'md5').hexdigest() == md5:
-            return True
+    if utils.check_md5(path, md5):
+        return True
     fate = 'ignored'
     if writable:
         fate = f'moved to {path}.corrupt'
@@ -352,7 +352,7 @@ GLYPHS = (
 
 
 def draw_digits(train=60000, test=10000, seed=0):
-    """Draws images like MNIST's, as many of each class (give or take one).
+    """Draws images like MNIST's, about as many of each class.
 
     Each digit is a few pen strokes, shaken, then turned, slanted, stretched,
     shifted and bent, in its own thickness and brightness, with pixel noise.
@@ -405,15 +405,15 @@ def _draw(count, seed, variants=60, batch=2500):
         chosen = labels[start:start + batch] * variants
         n = len(chosen)
         chosen += torch.randint(variants, (n,), generator=generator)
-        turn, slant = .14 * normal(n), .17 * normal(n)
-        wide, high = (.11 * normal(n)).exp(), (.08 * normal(n)).exp()
+        turn, slant = .145 * normal(n), .185 * normal(n)
+        wide, high = (.115 * normal(n)).exp(), (.08 * normal(n)).exp()
         weights = torch.empty(n, 2, len(fields))
-        weights[:, :, 0] = .07 * normal(n, 2)
+        weights[:, :, 0] = .075 * normal(n, 2)
         weights[:, 0, 1] = wide * turn.cos()
         weights[:, 0, 2] = wide * (slant - turn.sin())
         weights[:, 1, 1] = high * turn.sin()
         weights[:, 1, 2] = high * turn.cos()
-        weights[:, :, 3:] = .065 * normal(n, 2, len(bumps))
+        weights[:, :, 3:] = .068 * normal(n, 2, len(bumps))
         grid = (weights @ fields).mT.reshape(n, SIDE, SIDE, 2)
         distance = functional.grid_sample(distances[chosen],
                                           grid,
