@@ -64,9 +64,6 @@ class Hyperparameters:
         'auto', 'of matrix products; auto measures which is faster here',
         'in fp32 bf16 auto')
     # Graph and messages.
-    connected: bool = hparam(
-        True,
-        'False trains every MACH alone on its shard: the isolated baseline')
     delay: int = hparam(
         1,
         'steps between computing a Grad and applying it; 0 is plain backpropagation',
