@@ -151,10 +151,14 @@ class Batches:
     """
 
     def __init__(self, images, labels, indices, batch_size, seed, device='cpu'):
-        """Images uint8 [N, 784], labels int64 [N], indices int64 [n]."""
-        if len(indices) < 1 or batch_size < 1:
-            raise DataError('batches need at least 1 image and a size of at '
-                            f'least 1, not {len(indices)} and {batch_size}')
+        """Images uint8 [N, 784], labels int64 [N], indices int64 [n].
+
+        Raises:
+          DataError: batch_size is not in 1 .. n.
+        """
+        if not 1 <= batch_size <= len(indices):
+            raise DataError(f'batch_size {batch_size} does not fit a shard of '
+                            f'{len(indices)} images: 1 to {len(indices)} does')
         self._images = images.to(device)
         self._labels = labels.to(device)
         self._indices = indices

@@ -328,7 +328,7 @@ def batches(n=50, size=8, seed=0):
     return data.Batches(images, labels, labels[60 - n:], size, seed)
 
 
-@pytest.mark.parametrize('n, size', [(50, 8), (48, 8), (3, 8), (8, 8), (1, 4)])
+@pytest.mark.parametrize('n, size', [(50, 8), (48, 8), (8, 8), (9, 8), (4, 1)])
 def test_batches_cover_every_epoch(n, size):
     source, again, other = (batches(n, size, s) for s in (1, 1, 2))
     state = torch.random.get_rng_state()
@@ -366,8 +366,8 @@ def test_batches_are_fresh_memory():
 
 
 def test_bad_batches():
-    for n, size in (0, 8), (5, 0):
-        with pytest.raises(data.DataError, match='at least 1'):
+    for n, size in (5, 0), (5, 6), (0, 8):
+        with pytest.raises(data.DataError, match=f'a shard of {n} images'):
             batches(n, size)
 
 
