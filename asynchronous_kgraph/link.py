@@ -4,6 +4,7 @@ A MACH knows a neighbour only as a link with a `send` that never waits. Here a
 link ends in a mailbox of the same process; one over processes or hosts needs
 the same one method.
 """
+# Copied from asynchronous_sequence/link.py
 
 import collections
 import dataclasses

@@ -1,4 +1,5 @@
 """The MACH: a local network, a joiner of its children's embeddings, a head."""
+# Copied from synchronous_single/model.py
 
 import torch
 from torch import nn

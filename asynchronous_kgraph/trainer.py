@@ -5,6 +5,7 @@ the Spikes and applies the Grads that have come in the meantime. Nobody waits fo
 a Grad: it is sent and forgotten, and applied by the child with the parameters it
 has when it comes. How late that is, is counted (staleness), never assumed.
 """
+# Copied from asynchronous_sequence/trainer.py
 
 import collections
 import copy
@@ -387,7 +388,7 @@ class Trainer:
     def _dropout_mask(self, local, rows):
         """A factor for local [R, E]: 0 or 1 / (1 - p) in own rows, 1 below."""
         mask = torch.ones(local.shape)
-        if self.children:  # an isolated MACH has nothing to lean on
+        if self.student is not None:  # else there is nothing to lean on
             keep = 1 - self.settings.dropout
             mask[:rows].bernoulli_(keep, generator=self._generator).div_(keep)
         return mask.to(local)

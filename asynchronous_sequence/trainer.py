@@ -387,7 +387,7 @@ class Trainer:
     def _dropout_mask(self, local, rows):
         """A factor for local [R, E]: 0 or 1 / (1 - p) in own rows, 1 below."""
         mask = torch.ones(local.shape)
-        if self.children:  # an isolated MACH has nothing to lean on
+        if self.student is not None:  # else there is nothing to lean on
             keep = 1 - self.settings.dropout
             mask[:rows].bernoulli_(keep, generator=self._generator).div_(keep)
         return mask.to(local)

@@ -10,7 +10,6 @@ signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 import argparse
 import dataclasses
 import difflib
-import functools
 import math
 import operator
 import pathlib
@@ -45,72 +44,35 @@ class Hyperparameters:
     """Edit the defaults in place, or override one for a run: --name value."""
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
-    strict_data: bool = hparam(
-        False, 'stop where MNIST cannot be had, instead of drawing digits')
-    validation: int = hparam(
-        5000,
-        'training images held out for the eval lines, to choose hyperparameters on; with 0 eval lines show the test set',
-        '>= 0')
-    shards: str = hparam('full',
-                         'a part of the data for each MACH, or all of it',
-                         'in disjoint full')
+    strict_data: bool = hparam(False, 'no drawn digits in its place')
+    validation: int = hparam(5000, 'images held out, for eval lines', '>= 0')
+    shards: str = hparam('full', 'the images each MACH has', 'in disjoint full')
     # Run.
-    seed: int = hparam(0, 'of parameters, shards, shuffles and dropout', '>= 0',
-                       '< 2147483648')
+    seed: int = hparam(0, 'of weights, shards, shuffles', '>= 0', '< 1e9')
     steps: int = hparam(2000, 'training steps of each MACH', '>= 1')
-    batch_size: int = hparam(128, 'own images in a step of one MACH', '>= 1')
-    log_every: int = hparam(200, 'steps between two step lines', '>= 1')
-    evaluate_every: int = hparam(1000,
-                                 'steps between two eval lines, 0 for none',
-                                 '>= 0')
+    batch_size: int = hparam(128, 'own images in a step', '>= 1')
+    log_every: int = hparam(200, 'steps', '>= 1')
+    evaluate_every: int = hparam(1000, 'steps, 0 for never', '>= 0')
     device: str = hparam('cpu', 'cpu, cuda or cuda:N')
-    precision: str = hparam(
-        'auto', 'of matrix products; auto measures which is faster here',
-        'in fp32 bf16 auto')
+    precision: str = hparam('auto', 'auto: the faster', 'in fp32 bf16 auto')
     # Graph and messages.
-    k: int = hparam(
-        3, 'MACHs; 1 is the central baseline, one network on all the data',
-        '>= 1')
-    connected: bool = hparam(
-        True,
-        'False trains every MACH alone on its shard: the isolated baseline')
-    depth: int = hparam(
-        2,
-        'edges a Spike travels before synthetic inputs answer; 0 leaves students to learn, and sends no Grads',
-        '>= 0')
-    delay: int = hparam(
-        1,
-        'steps between computing a Grad and applying it; 0 is plain backpropagation',
-        '>= 0')
-    inputs: str = hparam('synthetic',
-                         'what a training step takes from its children',
-                         'in synthetic real')
-    grad_weight: float = hparam(
-        1.0,
-        'factor on the Grads of a MACH\'s own loss; 1 to 3 work, 10 collapses',
-        '>= 0')
+    k: int = hparam(3, 'MACHs; 1 is central, one on all the data', '>= 1')
+    connected: bool = hparam(True, 'False: isolated, each on its shard')
+    depth: int = hparam(2, 'edges that Spikes and Grads travel', '>= 0')
+    delay: int = hparam(1, 'steps a Grad is late; 0 is backprop', '>= 0')
+    inputs: str = hparam('synthetic', 'in training', 'in synthetic real')
+    grad_weight: float = hparam(1.0, 'factor on Grads; 10 collapses', '>= 0')
     # Networks.
-    embedding: int = hparam(64, 'units, what a MACH answers with', '>= 1')
-    hidden: int = hparam(512, 'units, both hidden layers of a MACH', '>= 1')
-    student_hidden: int = hparam(256, 'units, both hidden layers of a student',
-                                 '>= 1')
-    # Optimisation.
-    learning_rate: float = hparam(0.002,
-                                  'of a MACH, at the peak of its one cycle',
-                                  '>= 0')
-    student_learning_rate: float = hparam(0.002, 'of a student, likewise',
-                                          '>= 0')
-    warmup: float = hparam(0.1, 'share of the steps before that peak', '> 0',
-                           '< 1')
-    weight_decay: float = hparam(0.05,
-                                 'of AdamW, for a MACH but not its student',
-                                 '>= 0')
-    label_smoothing: float = hparam(
-        0.1, 'share of a target spread over all classes, against overfitting',
-        '>= 0', '< 1')
-    dropout: float = hparam(
-        0.0, 'of h in own rows, so that a MACH leans on its children', '>= 0',
-        '< 1')
+    embedding: int = hparam(64, 'units that a MACH answers with', '>= 1')
+    hidden: int = hparam(512, 'units in each of two layers', '>= 1')
+    student_hidden: int = hparam(256, 'units in each of two layers', '>= 1')
+    # Optimisation: AdamW, one learning-rate cycle over the run.
+    learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    student_learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
+    weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
+    label_smoothing: float = hparam(0.1, 'regularises', '>= 0', '< 1')
+    dropout: float = hparam(0.0, 'of h, to lean on children', '>= 0', '< 1')
 
 
 # Copied from synchronous_single/main.py

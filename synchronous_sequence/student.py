@@ -1,4 +1,5 @@
 """The student: synthetic inputs, made on the spot, that mimic the children."""
+# Copied from synchronous_single/student.py
 
 import torch
 from torch import nn

@@ -153,7 +153,7 @@ class Component:
         loss.backward()
         self.window['synthetic_loss'] += loss.item()
 
-    # Copied from asynchronous_kgraph/trainer.py
+    # Copied from asynchronous_sequence/trainer.py
     def _dropout_mask(self, local, rows):
         """A factor for local [R, E]: 0 or 1 / (1 - p) in own rows, 1 below."""
         mask = torch.ones(local.shape)

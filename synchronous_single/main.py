@@ -10,7 +10,6 @@ signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 import argparse
 import dataclasses
 import difflib
-import functools
 import math
 import operator
 import pathlib
@@ -44,49 +43,28 @@ class Hyperparameters:
     """Edit the defaults in place, or override one for a run: --name value."""
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
-    strict_data: bool = hparam(
-        False, 'stop where MNIST cannot be had, instead of drawing digits')
-    validation: int = hparam(
-        5000,
-        'training images held out for the eval lines, to choose hyperparameters on; with 0 eval lines show the test set',
-        '>= 0')
+    strict_data: bool = hparam(False, 'no drawn digits in its place')
+    validation: int = hparam(5000, 'images held out, for eval lines', '>= 0')
     # Run.
-    seed: int = hparam(0, 'of parameters, shards, shuffles and dropout', '>= 0',
-                       '< 2147483648')
+    seed: int = hparam(0, 'of weights, shards, shuffles', '>= 0', '< 1e9')
     steps: int = hparam(3000, 'training steps', '>= 1')
     batch_size: int = hparam(128, 'images in a step', '>= 1')
-    log_every: int = hparam(200, 'steps between two step lines', '>= 1')
-    evaluate_every: int = hparam(1000,
-                                 'steps between two eval lines, 0 for none',
-                                 '>= 0')
+    log_every: int = hparam(200, 'steps', '>= 1')
+    evaluate_every: int = hparam(1000, 'steps, 0 for never', '>= 0')
     device: str = hparam('cpu', 'cpu, cuda or cuda:N')
-    precision: str = hparam(
-        'auto', 'of matrix products; auto measures which is faster here',
-        'in fp32 bf16 auto')
+    precision: str = hparam('auto', 'auto: the faster', 'in fp32 bf16 auto')
     # Graph and messages.
-    delay: int = hparam(
-        1,
-        'steps between computing a Grad and applying it; 0 is plain backpropagation',
-        '>= 0')
+    delay: int = hparam(1, 'steps a Grad is late; 0 is backprop', '>= 0')
     # Networks.
-    embedding: int = hparam(128, 'units, what a MACH answers with', '>= 1')
-    hidden: int = hparam(512, 'units, both hidden layers of a MACH', '>= 1')
-    student_hidden: int = hparam(512, 'units, both hidden layers of a student',
-                                 '>= 1')
-    # Optimisation.
-    learning_rate: float = hparam(0.002,
-                                  'of a MACH, at the peak of its one cycle',
-                                  '>= 0')
-    student_learning_rate: float = hparam(0.002, 'of a student, likewise',
-                                          '>= 0')
-    warmup: float = hparam(0.1, 'share of the steps before that peak', '> 0',
-                           '< 1')
-    weight_decay: float = hparam(0.05,
-                                 'of AdamW, for a MACH but not its student',
-                                 '>= 0')
-    label_smoothing: float = hparam(
-        0.1, 'share of a target spread over all classes, against overfitting',
-        '>= 0', '< 1')
+    embedding: int = hparam(128, 'units that a MACH answers with', '>= 1')
+    hidden: int = hparam(512, 'units in each of two layers', '>= 1')
+    student_hidden: int = hparam(512, 'units in each of two layers', '>= 1')
+    # Optimisation: AdamW, one learning-rate cycle over the run.
+    learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    student_learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
+    weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
+    label_smoothing: float = hparam(0.1, 'regularises', '>= 0', '< 1')
 
 
 def convert(field, value):
