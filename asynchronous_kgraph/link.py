@@ -8,6 +8,7 @@ the same one method.
 
 import collections
 import dataclasses
+import math
 import threading
 import typing
 
@@ -30,6 +31,10 @@ class Spike:
     x: torch.Tensor
     depth: int
 
+    def is_finite(self):
+        """False if it carries a NaN or an infinity."""
+        return math.isfinite(self.x.sum())
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -45,6 +50,10 @@ class Answer:
     sender: int
     embedding: torch.Tensor
     version: int
+
+    def is_finite(self):
+        """False if it carries a NaN or an infinity."""
+        return math.isfinite(self.embedding.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +74,10 @@ class Grad:
     gradient: torch.Tensor
     version: int
     depth: int
+
+    def is_finite(self):
+        """False if it carries a NaN or an infinity."""
+        return math.isfinite(self.x.sum() + self.gradient.sum())
 
 
 class Link(typing.Protocol):

@@ -64,10 +64,12 @@ class Hyperparameters:
     inputs: str = hparam('synthetic', 'in training', 'in synthetic real')
     deadline: float = hparam(1.0, 'seconds, to wait for real inputs', '> 0')
     mailbox: int = hparam(64, 'messages; when full the oldest goes', '>= 1')
-    grad_weight: float = hparam(1.0, 'factor on Grads; 10 collapses', '>= 0')
+    share: float = hparam(0.25, 'of own rows sent: largest Grads', '> 0',
+                          '<= 1')
+    grad_weight: float = hparam(2.0, 'factor on Grads; 10 collapses', '>= 0')
     # Networks.
     embedding: int = hparam(64, 'units that a MACH answers with', '>= 1')
-    hidden: int = hparam(512, 'units in each of two layers', '>= 1')
+    hidden: int = hparam(512, 'units, then half as many', '>= 2')
     student_hidden: int = hparam(256, 'units in each of two layers', '>= 1')
     # Optimisation: AdamW, one learning-rate cycle over the run.
     learning_rate: float = hparam(0.002, 'peak', '>= 0')
@@ -94,7 +96,8 @@ def convert(field, value):
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
             f'must be {kind[field.type]}, not {value!r}') from None
-    compare = {'>=': operator.ge, '>': operator.gt, '<': operator.lt}
+    compare = {'>=': operator.ge, '>': operator.gt}
+    compare |= {'<=': operator.le, '<': operator.lt}
     for limit in field.metadata['limits']:
         sign, bound = limit.split(' ', 1)
         if sign == 'in':
@@ -152,12 +155,10 @@ def read_hyperparameters(words):
         except argparse.ArgumentTypeError as error:
             parser.error(f'--{field.name} {error}')
         setattr(values, field.name, value)
-    try:
-        torch.empty(0, device=values.device)
-    except (RuntimeError, AssertionError) as error:
-        here = 'cpu and cuda' if torch.cuda.is_available() else 'cpu'
-        parser.error(f'--device {values.device} is not there, only {here} '
-                     f'({str(error).splitlines()[0]})')
+    here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    if values.device not in here + ['cuda'][:len(here) - 1]:
+        parser.error(f'--device must be one of {" ".join(here)} on this '
+                     f'machine, not {values.device!r}')
     return Hyperparameters(**vars(values))
 
 
@@ -211,6 +212,7 @@ def make_networks(settings):
 # Copied from asynchronous_sequence/main.py
 def make_trainers(settings, batches):
     """One thread for each MACH, and a link from each to all it exchanges with."""
+    torch.set_num_threads(1)  # a MACH is one thread, within its products too
     children = children_of(settings)
     trainers = [
         trainer.Trainer(i, mach, learner, children[i], batches[i], settings)
@@ -258,7 +260,8 @@ class Worker(threading.Thread):
                    not self.halt.is_set()):
                 self.trainer.step(self.halt.is_set)
                 if self.trainer.steps_taken % self.settings.log_every == 0:
-                    self.events.put(('step', self, self.trainer.report()))
+                    lines = self.trainer.steps_taken, self.trainer.report()
+                    self.events.put(('step', self, lines))
                 if self.rest.is_set():
                     self._rest()
             self.watch.pause()
@@ -323,6 +326,8 @@ class Run:
             while (len(self.ended) < len(self.workers) and
                    time.monotonic() < deadline):
                 self._handle_event(timeout=0.05)
+            for worker in self.workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
             self._bar.close()
 
     def _mean_steps(self):
@@ -335,9 +340,9 @@ class Run:
             kind, worker, content = self.events.get(timeout=timeout)
         except queue.Empty:
             return
-        step = worker.trainer.steps_taken
         if kind == 'step':
-            for i, fields in content.items():
+            step, report = content
+            for i, fields in report.items():
                 self._print('step', step, i, dict(fields, rate=worker.rate))
             return
         self._waiting.discard(worker)
@@ -345,8 +350,9 @@ class Run:
             self.failed.add(worker)
             for i in worker.trainer.staleness():
                 self.copies.pop(i, None)
+            step = worker.trainer.steps_taken + 1
             print(
-                f'{EXPERIMENT}: {worker.name} failed in step {step + 1}: '
+                f'{EXPERIMENT}: {worker.name} failed in step {step}: '
                 f'{content}',
                 file=sys.stderr)
         else:

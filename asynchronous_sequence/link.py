@@ -7,6 +7,7 @@ the same one method.
 
 import collections
 import dataclasses
+import math
 import threading
 import typing
 
@@ -29,6 +30,10 @@ class Spike:
     x: torch.Tensor
     depth: int
 
+    def is_finite(self):
+        """False if it carries a NaN or an infinity."""
+        return math.isfinite(self.x.sum())
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -44,6 +49,10 @@ class Answer:
     sender: int
     embedding: torch.Tensor
     version: int
+
+    def is_finite(self):
+        """False if it carries a NaN or an infinity."""
+        return math.isfinite(self.embedding.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +73,10 @@ class Grad:
     gradient: torch.Tensor
     version: int
     depth: int
+
+    def is_finite(self):
+        """False if it carries a NaN or an infinity."""
+        return math.isfinite(self.x.sum() + self.gradient.sum())
 
 
 class Link(typing.Protocol):

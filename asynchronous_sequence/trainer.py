@@ -129,9 +129,9 @@ class Trainer:
             x [B, 784], y [B] and the open Inquiry, None if nothing is awaited.
         """
         x, y = self.batches.next()
-        inquiry = None
-        if self.settings.inputs == 'real' and self.settings.depth > 0:
-            inquiry = self._ask(x, self.settings.depth - 1)
+        inquiry, settings = None, self.settings
+        if settings.inputs == 'real' and settings.depth > 0 and self.children:
+            inquiry = self._ask(x, settings.depth - 1)
         return x, y, inquiry
 
     def close_step(self, x, y, inquiry):
@@ -162,10 +162,8 @@ class Trainer:
         check_finite(loss, 'target loss', self.steps_taken + 1)
         self._answer(served, embedding.detach())
         self._apply(loss, served, embedding)
-        if self.settings.depth > 0:
-            self._send_grads(own, inputs, served)
-        if inquiry is None and self.children:
-            self._ask(x, max(0, self.settings.depth - 1))
+        if self.children:
+            self._tell_children(own, served, inputs.grad)
         self._teach()
         self.steps_taken += 1
         self._window.update(steps=1,
@@ -176,9 +174,11 @@ class Trainer:
     def serve(self, timeout):
         """Answers Spikes without training; waits up to `timeout` s for mail.
 
-        Grads are kept for the next step.
+        Grads are kept for the next step; after the last one they come too late.
         """
         self._read_mail(timeout)
+        if self.steps_taken >= self.settings.steps:
+            self._grads.clear()
         blocks = [Block(s.x, inquiry, spike=s) for s, inquiry in self._spikes]
         self._spikes.clear()
         if blocks:
@@ -193,7 +193,9 @@ class Trainer:
     def _read_mail(self, timeout):
         """Sorts what has arrived; sends Spikes on that have depth left."""
         for message in self.mailbox.collect(timeout):
-            if isinstance(message, links.Answer):
+            if not message.is_finite():
+                self._dropped += 1  # a neighbour diverges: do not follow it
+            elif isinstance(message, links.Answer):
                 self._note_answer(message)
             elif isinstance(message, links.Grad):
                 self._keep(self._grads, message)
@@ -224,10 +226,11 @@ class Trainer:
             self._keep(self._lessons, inquiry)
         if inquiry.spike is not None:
             self._keep(self._spikes, (inquiry.spike, inquiry))
-            # Its Grad is to find the inputs that the answer was made from.
-            self._relayed[inquiry.spike.key] = inquiry
-            if len(self._relayed) > self.settings.mailbox:
-                self._relayed.popitem(last=False)
+            if self.settings.inputs == 'real':
+                # Its Grad is to find the inputs that the answer was made from.
+                self._relayed[inquiry.spike.key] = inquiry
+                if len(self._relayed) > self.settings.mailbox:
+                    self._relayed.popitem(last=False)
 
     def _keep(self, queue, item):
         if len(queue) >= self.settings.mailbox:
@@ -274,32 +277,43 @@ class Trainer:
                                  embedding[first:last], self.steps_taken))
             first = last
 
-    def _send_grads(self, own, inputs, served):
-        """Sends dL/d inputs [R, C, E] on, of own rows and of Grads with depth."""
-        if not self.children:
-            return
-        first = 0
-        for block in [own] + served:
+    def _tell_children(self, own, served, gradient):
+        """Sends gradient [R, C, E] on, of own rows and of Grads with depth left.
+
+        Of own rows that have not been asked about, those go, as a Spike and a
+        Grad, whose gradients are the largest. The others would cost the children
+        as much and teach them little.
+        """
+        first, x, inquiry = len(own.x), own.x, own.inquiry
+        grads = gradient[:first]
+        if inquiry is None:
+            if self.settings.share < 1:
+                rows = math.ceil(self.settings.share * first)
+                chosen = grads.flatten(1).norm(dim=1).topk(rows).indices
+                x, grads = x[chosen], grads[chosen]
+            inquiry = self._ask(x, max(0, self.settings.depth - 1))
+        if self.settings.depth > 0:
+            self._send_grads(inquiry, x, grads * self.settings.grad_weight,
+                             self.settings.depth - 1)
+        for block in served:
             last = first + len(block.x)
-            gradient, depth = inputs.grad[first:last], None
-            if block is own:
-                gradient = gradient * self.settings.grad_weight
-                depth = self.settings.depth - 1
-            elif block.grad is not None and block.grad.depth > 0:
-                depth = block.grad.depth - 1
-            if depth is not None:
-                answers = block.inquiry.answers if block.inquiry else {}
-                # Without an inquiry the Spike about this x is the next to go.
-                key = block.inquiry.key if block.inquiry else (self.index,
-                                                               self._keys + 1)
-                for position, child in enumerate(self.children):
-                    version = self.seen.get(child, 0)
-                    if child in answers:
-                        version = answers[child].version
-                    self.links[child].send(
-                        links.Grad(key, self.index, block.x,
-                                   gradient[:, position], version, depth))
+            if block.grad is not None and block.grad.depth > 0:
+                self._send_grads(block.inquiry, block.x, gradient[first:last],
+                                 block.grad.depth - 1)
             first = last
+
+    def _send_grads(self, inquiry, x, gradient, depth):
+        """Sends each child its Grad: x [B, 784] and a slice of [B, C, E]."""
+        if inquiry is None:  # the children were never asked about this x
+            self._keys += 1
+            inquiry = Inquiry((self.index, self._keys), x, 0.0)
+        for position, child in enumerate(self.children):
+            version = self.seen.get(child, 0)
+            if child in inquiry.answers:
+                version = inquiry.answers[child].version
+            self.links[child].send(
+                links.Grad(inquiry.key, self.index, x, gradient[:, position],
+                           version, depth))
 
     # ------------------------------------------------------------- learning
 
@@ -310,11 +324,8 @@ class Trainer:
             for spike, inquiry in self._spikes
         }
         for grad in self._grads:
-            block = blocks.get(grad.key)
-            if block is None:
-                block = blocks[grad.key] = Block(
-                    grad.x, self._relayed.pop(grad.key, None))
-            block.grad = grad
+            inquiry = self._relayed.pop(grad.key, None)
+            blocks.setdefault(grad.key, Block(grad.x, inquiry)).grad = grad
         self._spikes.clear()
         self._grads.clear()
         return list(blocks.values())
@@ -418,7 +429,8 @@ class Trainer:
         return {
             self.index: {
                 'staleness':
-                    self._staleness_total / max(1, self._grads_applied),
+                    self._staleness_total /
+                    self._grads_applied if self._grads_applied else math.nan,
                 'staleness_max':
                     self._staleness_max,
                 'dropped':

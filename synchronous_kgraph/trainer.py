@@ -91,9 +91,9 @@ class Trainer:
                 losses.append(
                     self._target_loss(i, embedding[:len(x)], y, owned[i]))
                 roots.append(embedding[len(x):])
-            losses += self._synthetic_losses(learning, levels)
+            losses += self._synthetic_losses(learning, levels, owned)
         self._backward(sum(losses), blocks[1:], roots)
-        if self.settings.delay > 0 and self.children[0]:
+        if self.settings.delay > 0 and any(self.children):
             self._send_grads(blocks, leaves)
         self._mach_optimiser.step()
         if self._student_optimiser is not None:
@@ -218,13 +218,14 @@ class Trainer:
             correct=(logits.argmax(1) == y[owned]).sum().item())
         return loss
 
-    def _synthetic_losses(self, learning, levels):
-        """The students' lessons: what the children answer on the new rows."""
+    def _synthetic_losses(self, learning, levels, owned):
+        """The students' lessons: what the children answer on each one's rows."""
         losses = []
         for i, learner in enumerate(learning):
             if learner is not None:
                 real = self._pick(i, levels[-1])[:len(learner)]
-                losses.append(students.synthetic_loss(learner, real))
+                losses.append(
+                    students.synthetic_loss(learner[owned[i]], real[owned[i]]))
                 check_finite(losses[-1], f'synthetic loss of mach {i}',
                              self.steps_taken + 1)
                 self._windows[i]['synthetic_loss'] += losses[-1].item()
@@ -249,7 +250,10 @@ class Trainer:
         for block in blocks:
             last = first + len(block.x)
             if block.depth > 0:
-                gradients = [0.0] * len(self.machs)
+                gradients = [
+                    block.x.new_zeros(len(block.x), self.settings.embedding)
+                    for _ in self.machs
+                ]
                 weight = self.settings.grad_weight if first == 0 else 1.0
                 for i, leaf in enumerate(leaves):
                     for position, child in enumerate(self.children[i]):
@@ -295,9 +299,13 @@ class Trainer:
         counts = self._staleness
         return {
             i: {
-                'staleness': counts['total'] / max(1, counts['grads']),
-                'staleness_max': counts['max'],
-                'dropped': 0,
+                'staleness':
+                    counts['total'] /
+                    counts['grads'] if counts['grads'] else math.nan,
+                'staleness_max':
+                    counts['max'],
+                'dropped':
+                    0,
             } for i in range(len(self.machs))
         }
 

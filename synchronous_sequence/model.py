@@ -13,7 +13,8 @@ class Mach(nn.Module):
 
     Args:
         children: C, how many MACHs answer this one; 0 for none.
-        hidden: width of the two hidden layers of the local network.
+        hidden: width of the first hidden layer of the local network; the second
+            is half as wide.
         embedding: E, the width of what this MACH answers.
         pixels: width of one flattened image.
         classes: number of target classes.
@@ -22,8 +23,9 @@ class Mach(nn.Module):
     def __init__(self, children, hidden, embedding, pixels=784, classes=10):
         super().__init__()
         self.local = nn.Sequential(  # x [B, 784] -> h [B, E]
-            nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
-            nn.ReLU(), nn.Linear(hidden, embedding))
+            nn.Linear(pixels, hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden // 2), nn.ReLU(),
+            nn.Linear(hidden // 2, embedding))
         self.joiner = None  # inputs [B, C * E] -> joined [B, E]
         if children:
             self.joiner = nn.Linear(children * embedding, embedding, bias=False)

@@ -228,7 +228,8 @@ class Trainer:
         return {
             component.index: {
                 'staleness':
-                    component.staleness_total / max(1, component.grads_applied),
+                    component.staleness_total / component.grads_applied
+                    if component.grads_applied else math.nan,
                 'staleness_max':
                     component.staleness_max,
                 'dropped':

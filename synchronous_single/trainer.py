@@ -105,7 +105,8 @@ class Trainer:
         return {
             0: {
                 'staleness':
-                    self._staleness_total / max(1, self._grads_applied),
+                    self._staleness_total /
+                    self._grads_applied if self._grads_applied else math.nan,
                 'staleness_max':
                     self._staleness_max,
                 'dropped':

@@ -56,6 +56,7 @@ def make_settings(**overrides):
                   inputs='synthetic',
                   deadline=1e9,
                   mailbox=64,
+                  share=1.0,
                   grad_weight=1.0,
                   embedding=6,
                   hidden=8,

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -44,6 +45,17 @@ def load_main(folder):
             sys.modules.pop(name, None)
             if module is not None:
                 sys.modules[name] = module
+
+
+def join_threads(main):
+    """Waits for workers: one that computes at the interpreter's end aborts it.
+
+    Args:
+        main: the module of the experiment.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, main.Worker):
+            thread.join(5)
 
 
 def knows(experiment, name):
@@ -90,6 +102,7 @@ def fixture_run_here(monkeypatch, capsys, dataset):
             code = main.main(list(words))
         except SystemExit as stopped:
             code = stopped.code
+        join_threads(main)
         return code, *capsys.readouterr()
 
     return run_here
@@ -181,16 +194,17 @@ def test_refused(run_here, experiment, words, message):
     assert err.count('\n') == 1 and err.endswith('\n')
 
 
-@pytest.mark.parametrize('experiment', EXPERIMENTS)
-@pytest.mark.parametrize('words, message', [
-    ('--k 101 --shards disjoint', '101 disjoint shards'),
-    ('--batch_size 1001', 'batch'),
-    ('--batch_size 501 --k 2 --shards disjoint', 'batch'),
+@pytest.mark.parametrize('experiment, words, message', [
+    pytest.param(experiment, words, message, id=f'{experiment} {words}')
+    for words, message in (
+        ('--k 101 --shards disjoint', '101 disjoint shards'),
+        ('--batch_size 1001', 'batch'),
+        ('--batch_size 501 --k 2 --shards disjoint', 'batch'),
+    )
+    for experiment in EXPERIMENTS
+    if '--k' not in words or knows(experiment, 'k')
 ])
 def test_more_than_there_is(run_here, experiment, words, message):
-    if '--k' in words and not knows(experiment, 'k'):
-        words = words.replace('--k', '--hidden')  # Then it is not refused.
-        pytest.skip(f'{experiment} has no shards')
     code, out, err = run_here(experiment, *words.split(), '--steps=2',
                               '--hidden=8', '--student_hidden=8')
     assert (code, out) == (2, '')
@@ -210,20 +224,28 @@ def test_data_folder_that_is_none(run_here, tmp_path, experiment, path):
 
 def test_refused_in_a_process_of_its_own(tmp_path):
     (tmp_path / 'file').touch()
-    processes = [
-        subprocess.Popen([sys.executable, f'{ROOT}/{words[0]}/main.py', *words],
-                         cwd=tmp_path,
-                         stdin=subprocess.DEVNULL,
-                         stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE,
-                         encoding='utf-8')
-        for words in (['synchronous_single'],
-                      ['asynchronous_kgraph', '--data', 'file'])
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=100)
-        assert (process.returncode, out) == (2, '')
-        assert err.count('\n') == 1 and err.startswith('synchronous_single')
+    words = {
+        'synchronous_single': ['--learning-rate', '-1e-3'],
+        'asynchronous_kgraph': ['--data', 'file'],
+    }
+    processes = {
+        name:
+            subprocess.Popen(
+                [sys.executable, f'{ROOT}/{name}/main.py', *words[name]],
+                cwd=tmp_path,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding='utf-8') for name in words
+    }
+    try:
+        for name, process in processes.items():
+            out, err = process.communicate(timeout=100)
+            assert (process.returncode, out) == (2, '')
+            assert err.startswith(f'{name}: ') and err.count('\n') == 1
+    finally:
+        for process in processes.values():
+            process.kill()
 
 
 # --------------------------------------------------------------------- Ctrl-C
@@ -278,8 +300,9 @@ def test_ctrl_c_in_training(tmp_path, experiment):
     assert 'Traceback' not in err
     log = metrics.parse_log(out)
     assert [f['mach'] for f in log.finals] == [0, 1, 2, 'mean']
+    assert max(final['steps'] for final in log.finals) >= 10
     for final in log.finals:
-        assert 10 <= final['steps'] < 1000000
+        assert final['steps'] < 1000000
         assert 0 <= final['real'] <= 100
 
 
@@ -396,7 +419,7 @@ def test_one_loss_is_not_finite_in_lockstep(fail, experiment):
     assert code == 1
     named = 'mach 1' if several else 'mach 0'
     assert re.match(f'{experiment}: .*failed in step 3: ', err)
-    assert named in err and 'loss is nan' in err
+    assert named in err and re.search('loss.* is nan', err)
     assert err.count('\n') == 1
     assert not log.finals
 

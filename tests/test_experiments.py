@@ -15,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import urllib.request
 
 import pytest
@@ -38,21 +39,23 @@ WORDS = (f'--steps {STEPS} --batch-size 64 --hidden=128 --student-hidden=128 '
 READ = dict(steps=STEPS, batch_size=64, hidden=128, student_hidden=128)
 READ |= dict(log_every=LOG_EVERY, evaluate_every=EVALUATE_EVERY)
 
-# Of the mean's (synthetic, real) after these steps; see the table below each.
+# (synthetic, real) of every MACH after so few steps: 1 to 2.5 points below the
+# least of two seeds. A student has the whole embedding of its teacher to learn
+# in synchronous_single, but only what its children add in the others.
 FLOORS = {
     'MNIST': {
-        'synchronous_single': (0, 0),
-        'synchronous_sequence': (0, 0),
-        'synchronous_kgraph': (0, 0),
-        'asynchronous_sequence': (0, 0),
-        'asynchronous_kgraph': (0, 0),
+        'synchronous_single': (79.0, 90.2),
+        'synchronous_sequence': (90.5, 90.7),
+        'synchronous_kgraph': (90.3, 90.4),
+        'asynchronous_sequence': (90.5, 90.5),
+        'asynchronous_kgraph': (90.2, 89.5),
     },
     'drawn-digits': {
-        'synchronous_single': (0, 0),
-        'synchronous_sequence': (0, 0),
-        'synchronous_kgraph': (0, 0),
-        'asynchronous_sequence': (0, 0),
-        'asynchronous_kgraph': (0, 0),
+        'synchronous_single': (80.0, 89.6),
+        'synchronous_sequence': (89.2, 90.2),
+        'synchronous_kgraph': (89.7, 90.1),
+        'asynchronous_sequence': (89.9, 89.4),
+        'asynchronous_kgraph': (89.6, 89.3),
     },
 }
 FINAL_KEYS = tuple(
@@ -138,6 +141,10 @@ def fixture_run_here(monkeypatch, capsys, dataset):
             '--precision=fp32', '--batch_size=16', '--hidden=32',
             '--student_hidden=32', '--steps=6', '--log_every=3', *words
         ])
+        # A worker that computes at the interpreter's end would abort it.
+        for thread in threading.enumerate():
+            if isinstance(thread, main.Worker):
+                thread.join(5)
         out, err = capsys.readouterr()
         assert (code, err) == (0, '')
         return metrics.parse_log(out)
@@ -155,7 +162,8 @@ def fixture_run_of(data_folder):
     @functools.cache
     def run_of(experiment, repetition=0):
         del repetition  # Of an experiment that has been run another one.
-        several = ('--k', K) if experiment in SEVERAL else ()
+        several = ('--k', K, '--grad_weight',
+                   1) if experiment in SEVERAL else ()
         process = start(ROOT / experiment, '--data', data_folder, *several,
                         *WORDS)
         process.experiment = experiment
@@ -225,11 +233,7 @@ def test_every_mach_reports_every_interval(log):
     machs = range(log.hparams.get('k', 1))
     for i in machs:
         steps = [f['step'] for f in log.steps if f['mach'] == i]
-        # Its owner may be a step further by the time the line is written.
-        for step, due in zip(steps,
-                             range(LOG_EVERY, STEPS + 1, LOG_EVERY),
-                             strict=True):
-            assert due <= step < due + LOG_EVERY
+        assert steps == [*range(LOG_EVERY, STEPS + 1, LOG_EVERY)]
     assert {f['mach'] for f in log.steps} == set(machs)
     assert [(f['mach'], f['step']) for f in log.evals
            ] == [('mean', step)
@@ -245,8 +249,8 @@ def test_finals(process, log):
         assert (final['seed'], final['steps']) == (0, STEPS)
         assert 0 <= final['staleness'] <= final['staleness_max']
         assert final['seconds'] > 0
-        # The clock of a rate is that of the seconds, training alone.
-        assert final['rate'] * final['seconds'] == pytest.approx(STEPS, rel=0.2)
+    for final in log.finals[:-1]:  # the mean's seconds are the slowest's
+        assert final['rate'] * final['seconds'] == pytest.approx(STEPS, rel=0.1)
 
 
 def test_the_mean_is_the_mean(log):
@@ -363,6 +367,14 @@ def test_real_inputs(run_here, experiment):
 def test_staleness_is_the_delay(run_here, experiment, delay):
     log = run_here(experiment, f'--delay={delay}')
     assert log.mean['staleness_max'] == delay
+
+
+@pytest.mark.parametrize('words',
+                         [['--k=2'], ['--connected=False', '--k=2'], ['--k=1']])
+@pytest.mark.parametrize('experiment', ASYNCHRONOUS)
+def test_nobody_waits_for_whom_it_has_not(run_here, experiment, words):
+    log = run_here(experiment, '--inputs=real', '--deadline=3', *words)
+    assert log.mean['seconds'] < 3
 
 
 @pytest.mark.parametrize('experiment', EXPERIMENTS)

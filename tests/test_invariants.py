@@ -1,6 +1,7 @@
 """What must hold of the asynchronous experiments, whatever the timing."""
 
 import queue
+import signal
 import threading
 
 import conftest
@@ -23,6 +24,20 @@ ACYCLIC_GRAPHS = [('asynchronous_sequence', 'chain'),
 COMPLETE = [[1, 2], [0, 2], [0, 1]]
 
 asynchronous = pytest.mark.parametrize('folder', ASYNCHRONOUS)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_hangs():
+    """Whoever waits for ever where nobody should wait at all fails."""
+
+    def fail(*_):
+        raise TimeoutError('it hangs')
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 90)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(name='still')
