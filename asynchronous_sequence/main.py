@@ -51,7 +51,7 @@ class Hyperparameters:
                          'in disjoint full')
     # Run.
     seed: int = hparam(0, 'of weights, shards, shuffles', '>= 0', '< 1e9')
-    steps: int = hparam(2500, 'training steps of each MACH', '>= 1')
+    steps: int = hparam(4000, 'training steps of each MACH', '>= 1')
     batch_size: int = hparam(64, 'own images in a step', '>= 1')
     log_every: int = hparam(200, 'steps', '>= 1')
     evaluate_every: int = hparam(1000, 'steps, 0 for never', '>= 0')
@@ -73,11 +73,11 @@ class Hyperparameters:
     student_hidden: int = hparam(256, 'units in each of two layers', '>= 1')
     # Optimisation: AdamW, one learning-rate cycle over the run.
     learning_rate: float = hparam(0.002, 'peak', '>= 0')
-    student_learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    student_learning_rate: float = hparam(0.003, 'peak', '>= 0')
     warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
     weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
     label_smoothing: float = hparam(0.1, 'regularises', '>= 0', '< 1')
-    dropout: float = hparam(0.0, 'of h, to lean on children', '>= 0', '< 1')
+    dropout: float = hparam(0.5, 'of h, to lean on children', '>= 0', '< 1')
 
 
 # Copied from synchronous_single/main.py
@@ -201,6 +201,8 @@ def make_networks(settings):
     for children in children_of(settings):
         mach, learner = model.Mach(len(children), settings.hidden,
                                    settings.embedding), None
+        if networks:  # all heads start alike: a direction means the same class
+            mach.head.load_state_dict(networks[0][0].head.state_dict())
         if children:
             learner = student.Student(len(children), settings.student_hidden,
                                       settings.embedding).to(settings.device)

@@ -3,6 +3,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 class Mach(nn.Module):
@@ -29,6 +30,11 @@ class Mach(nn.Module):
         self.joiner = None  # inputs [B, C * E] -> joined [B, E]
         if children:
             self.joiner = nn.Linear(children * embedding, embedding, bias=False)
+            # Starts near a third of the children's mean: what they call a class
+            # then means that class from the first step on.
+            with torch.no_grad():
+                mean = torch.eye(embedding).repeat(1, children) / children
+                self.joiner.weight.mul_(0.2).add_(mean, alpha=0.3)
         self.head = nn.Linear(embedding, classes)  # d [B, E] -> logits [B, 10]
 
     def forward(self, x, inputs=None):
@@ -49,7 +55,14 @@ class Mach(nn.Module):
         return self.local(x).to(self.head.weight.dtype)
 
     def joined_part(self, inputs):
-        """inputs [B, C, E] -> [B, E], what the children add; 0 without any."""
+        """inputs [B, C, E] -> [B, E], what the children add; 0 without any.
+
+        Each child's embedding is brought to mean 0 and variance 1. That bounds
+        the loop of synthetic inputs that mimic answers made from synthetic
+        inputs, and no Grad can push a child's embedding to grow or to shift, a
+        drift that its parents' students would have to chase.
+        """
         if self.joiner is None:
             return 0.0
+        inputs = functional.layer_norm(inputs, inputs.shape[-1:])
         return self.joiner(inputs.flatten(1)).to(self.head.weight.dtype)

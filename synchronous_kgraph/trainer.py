@@ -93,7 +93,9 @@ class Trainer:
                 roots.append(embedding[len(x):])
             losses += self._synthetic_losses(learning, levels, owned)
         self._backward(sum(losses), blocks[1:], roots)
-        if self.settings.delay > 0 and any(self.children):
+        if self.settings.delay == 0:
+            self._staleness['grads'] += any(self.children)  # none was late
+        elif any(self.children):
             self._send_grads(blocks, leaves)
         self._mach_optimiser.step()
         if self._student_optimiser is not None:

@@ -61,7 +61,7 @@ class Hyperparameters:
     student_hidden: int = hparam(512, 'units in each of two layers', '>= 1')
     # Optimisation: AdamW, one learning-rate cycle over the run.
     learning_rate: float = hparam(0.002, 'peak', '>= 0')
-    student_learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    student_learning_rate: float = hparam(0.003, 'peak', '>= 0')
     warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
     weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
     label_smoothing: float = hparam(0.1, 'regularises', '>= 0', '< 1')

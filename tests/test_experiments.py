@@ -4,6 +4,7 @@ MNIST is read from the folder in MACH_DATA, or from data; where it is in neither
 nothing is fetched: the experiments draw digits, and the floors are those.
 """
 
+import math
 import functools
 import importlib
 import importlib.metadata
@@ -247,7 +248,8 @@ def test_finals(process, log):
         assert tuple(final)[:len(FINAL_KEYS)] == FINAL_KEYS
         assert final['experiment'] == process.experiment
         assert (final['seed'], final['steps']) == (0, STEPS)
-        assert 0 <= final['staleness'] <= final['staleness_max']
+        if not math.isnan(final['staleness']):  # it has received Grads
+            assert 0 <= final['staleness'] <= final['staleness_max']
         assert final['seconds'] > 0
     for final in log.finals[:-1]:  # the mean's seconds are the slowest's
         assert final['rate'] * final['seconds'] == pytest.approx(STEPS, rel=0.1)
@@ -263,7 +265,8 @@ def test_the_mean_is_the_mean(log):
                                                                     max)):
         # Each number has lost what comes after its last decimal.
         slack = 0.1 if key == 'seconds' else 0.011
-        expected = combine([final[key] for final in machs])
+        numbers = [final[key] for final in machs]
+        expected = combine([n for n in numbers if not math.isnan(n)])
         assert mean[key] == pytest.approx(expected, abs=slack), key
 
 
@@ -291,8 +294,7 @@ def test_staleness_is_counted(process, log):
             continue  # The last of a row has no parent that sends it Grads.
         if process.experiment in ASYNCHRONOUS:
             assert 0 < final['staleness'] <= final['staleness_max']
-        elif (process.experiment, final['mach']) != ('synchronous_sequence',
-                                                     'mean'):
+        else:
             assert final['staleness'] == log.hparams['delay']
             assert final['staleness_max'] == log.hparams['delay']
         if process.experiment not in ASYNCHRONOUS:
