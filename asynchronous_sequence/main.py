@@ -29,6 +29,7 @@ import student
 import trainer
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
+torch.set_num_threads(1)  # a MACH is one thread, within its products too
 
 # ------------------------------------------------------------ hyperparameters
 
@@ -212,7 +213,6 @@ def make_networks(settings):
 
 def make_trainers(settings, batches):
     """One thread for each MACH, and a link from each to all it exchanges with."""
-    torch.set_num_threads(1)  # a MACH is one thread, within its products too
     children = children_of(settings)
     trainers = [
         trainer.Trainer(i, mach, learner, children[i], batches[i], settings)
