@@ -135,7 +135,7 @@ REFUSED = [
     ('--log_every 0', '--log_every must be >= 1', None),
     ('--evaluate_every -5', '--evaluate_every must be >= 0', None),
     ('--validation -1', '--validation must be >= 0', None),
-    ('--hidden 0', '--hidden must be >= 1', None),
+    ('--hidden 0', '--hidden must be >= 2', None),
     ('--student_hidden -1', '--student_hidden must be >= 1', None),
     ('--embedding 0', '--embedding must be >= 1', None),
     ('--strict_data maybe', '--strict_data must be True or False', None),
@@ -171,11 +171,12 @@ REFUSED = [
     ('--mailbox 0', '--mailbox must be >= 1', 'mailbox'),
     ('--precision fp8', '--precision must be in fp32 bf16 auto', None),
     ('--precision bf', '--precision must be in fp32 bf16 auto', None),
-    (f'--device {CUDA}', f'--device {CUDA}', None),
-    ('--device gpu', '--device gpu', None),
-    ('--device cuda:x', '--device cuda:x', None),
+    (f'--device {CUDA}', '--device must be one of cpu', None),
+    ('--device gpu', '--device must be one of cpu', None),
+    ('--device cuda:x', '--device must be one of cpu', None),
     ('--device=', '--device', None),
-    ('--device meta', '--device meta', None),  # torch has it, without numbers
+    ('--device meta', '--device must be one of cpu',
+     None),  # torch has it, without numbers
 ]
 
 

@@ -36,27 +36,29 @@ STEPS, LOG_EVERY, EVALUATE_EVERY, K = 200, 25, 100, 3
 # Underscores, dashes and = are all as good.
 WORDS = (f'--steps {STEPS} --batch-size 64 --hidden=128 --student-hidden=128 '
          f'--log_every={LOG_EVERY} --evaluate-every={EVALUATE_EVERY} '
+         '--learning_rate 0.002 --student-learning-rate 0.003 '
          '--precision fp32').split()
 READ = dict(steps=STEPS, batch_size=64, hidden=128, student_hidden=128)
 READ |= dict(log_every=LOG_EVERY, evaluate_every=EVALUATE_EVERY)
+READ |= dict(learning_rate=2e-3, student_learning_rate=3e-3)
 
 # (synthetic, real) of every MACH after so few steps: 1 to 2.5 points below the
 # least of two seeds. A student has the whole embedding of its teacher to learn
 # in synchronous_single, but only what its children add in the others.
 FLOORS = {
     'MNIST': {
-        'synchronous_single': (79.0, 90.2),
+        'synchronous_single': (78.0, 90.2),
         'synchronous_sequence': (90.5, 90.7),
         'synchronous_kgraph': (90.3, 90.4),
-        'asynchronous_sequence': (90.5, 90.5),
-        'asynchronous_kgraph': (90.2, 89.5),
+        'asynchronous_sequence': (88.0, 88.5),
+        'asynchronous_kgraph': (88.0, 88.0),
     },
     'drawn-digits': {
         'synchronous_single': (80.0, 89.6),
         'synchronous_sequence': (89.2, 90.2),
         'synchronous_kgraph': (89.7, 90.1),
-        'asynchronous_sequence': (89.9, 89.4),
-        'asynchronous_kgraph': (89.6, 89.3),
+        'asynchronous_sequence': (87.5, 87.5),
+        'asynchronous_kgraph': (87.5, 87.5),
     },
 }
 FINAL_KEYS = tuple(
@@ -306,12 +308,15 @@ def test_staleness_is_counted(process, log):
 
 def without_time(log):
     """The lines of results, less how long they took."""
-    return [{
-        key: value
-        for key, value in fields.items()
-        if key not in ('rate', 'seconds')
-    }
-            for fields in log.steps + log.evals + log.finals]
+    return [
+        {
+            key:
+                str(value)  # so that nan equals nan
+            for key, value in fields.items()
+            if key not in ('rate', 'seconds')
+        }
+        for fields in log.steps + log.evals + log.finals
+    ]
 
 
 def test_one_seed_gives_one_result(run_of):
