@@ -142,7 +142,8 @@ class Trainer:
         Grads are one batch; a Spike and a Grad about the same x share rows.
 
         Raises:
-            FloatingPointError: the loss is not finite; nothing was sent.
+            FloatingPointError: a loss is not finite; where it is the target
+                loss, no answer and no Grad was sent.
         """
         self._read_mail(0.0)
         own = Block(x, inquiry)

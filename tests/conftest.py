@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pathlib
+import signal
 import sys
 import threading
 import types
@@ -44,6 +45,24 @@ def load(folder):
             sys.modules.pop(name, None)
             if before[name] is not None:
                 sys.modules[name] = before[name]
+
+
+@functools.cache
+def load_main(folder):
+    """The module main of an experiment, without a trace of its import."""
+    path, handler = sys.path[:], signal.getsignal(signal.SIGINT)
+    names = {file.stem for file in folder.glob('*.py')}
+    hidden = {name: sys.modules.pop(name, None) for name in names}
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module('main')
+    finally:
+        sys.path[:] = path
+        signal.signal(signal.SIGINT, handler)
+        for name, module in hidden.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 def make_settings(**overrides):

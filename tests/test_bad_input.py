@@ -4,8 +4,6 @@
 failed, while the others go on; 130 for Ctrl-C, with the results so far.
 """
 
-import functools
-import importlib
 import os
 import pathlib
 import re
@@ -15,6 +13,7 @@ import sys
 import threading
 import time
 
+import conftest
 import pytest
 import torch
 
@@ -27,24 +26,6 @@ EXPERIMENTS = ('synchronous_single', 'synchronous_sequence',
                'asynchronous_kgraph')
 SYNCHRONOUS, ASYNCHRONOUS = EXPERIMENTS[:3], EXPERIMENTS[3:]
 HANG_SECONDS = 20  # Ctrl-C must have had its effect by then.
-
-
-@functools.cache
-def load_main(folder):
-    """The module main of an experiment, without a trace of its import."""
-    path, handler = sys.path[:], signal.getsignal(signal.SIGINT)
-    names = {file.stem for file in folder.glob('*.py')}
-    hidden = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module('main')
-    finally:
-        sys.path[:] = path
-        signal.signal(signal.SIGINT, handler)
-        for name, module in hidden.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
 
 
 def join_threads(main):
@@ -95,7 +76,7 @@ def fixture_run_here(monkeypatch, capsys, dataset):
     """
 
     def run_here(experiment, *words):
-        main = load_main(ROOT / experiment)
+        main = conftest.load_main(ROOT / experiment)
         if not any(word.startswith('--data') for word in words):
             monkeypatch.setattr(mach_data, 'load', lambda *_, **__: dataset)
         try:
@@ -333,7 +314,7 @@ def fixture_fail(monkeypatch, run_here):
     """Runs an experiment in which the n-th batch of one MACH is made bad."""
 
     def fail(experiment, spoil, mach=0, n=3, words=()):
-        main = load_main(ROOT / experiment)
+        main = conftest.load_main(ROOT / experiment)
         load_data = main.load_data
 
         def load_bad_data(settings):

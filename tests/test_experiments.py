@@ -12,13 +12,13 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import threading
 import urllib.request
 
+import conftest
 import pytest
 import torch
 
@@ -92,24 +92,6 @@ def start(folder, *words, cwd=ROOT):
         timeout=120)
 
 
-@functools.cache
-def load_main(folder):
-    """The module main of an experiment, without a trace of its import."""
-    path, handler = sys.path[:], signal.getsignal(signal.SIGINT)
-    names = {file.stem for file in folder.glob('*.py')}
-    hidden = {name: sys.modules.pop(name, None) for name in names}
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module('main')
-    finally:
-        sys.path[:] = path
-        signal.signal(signal.SIGINT, handler)
-        for name, module in hidden.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-
-
 @pytest.fixture(scope='session', name='data_folder')
 def fixture_data_folder(tmp_path_factory):
     """Where MNIST is; else an empty folder, which stays so."""
@@ -138,7 +120,7 @@ def fixture_run_here(monkeypatch, capsys, dataset):
     """Runs an experiment's main here, on the little dataset: its Log."""
 
     def run_here(experiment, *words):
-        main = load_main(ROOT / experiment)
+        main = conftest.load_main(ROOT / experiment)
         monkeypatch.setattr(mach_data, 'load', lambda *_, **__: dataset)
         code = main.main([
             '--precision=fp32', '--batch_size=16', '--hidden=32',
@@ -447,7 +429,7 @@ def test_what_is_edited_in_place_is_checked(tmp_path, capsys, experiment, name,
     shutil.copytree(ROOT / experiment, folder)
     edit(folder, name, default)
     with pytest.raises(SystemExit) as stopped:
-        load_main(folder).main([])
+        conftest.load_main(folder).main([])
     out, err = capsys.readouterr()
     assert (stopped.value.code, out) == (2, '')
     assert err.startswith(f'my_idea: --{name} must be ')
@@ -475,7 +457,7 @@ def test_without_mnist_strict_data_refuses(tmp_path, monkeypatch, capsys,
     for name, value in offline({}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(urllib.request, '_opener', None)  # it knows no proxies
-    code = load_main(ROOT / experiment).main(
+    code = conftest.load_main(ROOT / experiment).main(
         ['--strict_data', 'True', '--data',
          str(tmp_path)])
     out, err = capsys.readouterr()
