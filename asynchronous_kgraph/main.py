@@ -67,7 +67,7 @@ class Hyperparameters:
     mailbox: int = hparam(64, 'messages; when full the oldest goes', '>= 1')
     share: float = hparam(0.25, 'of own rows sent: largest Grads', '> 0',
                           '<= 1')
-    grad_weight: float = hparam(2.0, 'factor on Grads; 10 collapses', '>= 0')
+    grad_weight: float = hparam(4.0, 'factor on Grads; 10 collapses', '>= 0')
     # Networks.
     embedding: int = hparam(64, 'units that a MACH answers with', '>= 1')
     hidden: int = hparam(512, 'units, then half as many', '>= 2')
@@ -78,7 +78,7 @@ class Hyperparameters:
     warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
     weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
     label_smoothing: float = hparam(0.1, 'regularises', '>= 0', '< 1')
-    dropout: float = hparam(0.5, 'of h, to lean on children', '>= 0', '< 1')
+    dropout: float = hparam(0.3, 'of h, to lean on children', '>= 0', '< 1')
 
 
 # Copied from synchronous_single/main.py
