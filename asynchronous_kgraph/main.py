@@ -1,4 +1,4 @@
-"""k MACHs, all neighbours of all others, each on its own thread and its own data.
+"""k MACHs, all neighbours of all others, each on its own thread and data.
 
 The flagship: synthetic inputs and delayed gradients throughout. A MACH sees the
 labels of its own fifth of MNIST only; what it knows of the rest it has from the
@@ -7,8 +7,8 @@ are all others, so Spikes and Grads go round in cycles, cut off by `depth`.
 
     python asynchronous_kgraph/main.py
 
-Expect, mean of 5 MACHs, real 98.45 ± 0.05, synthetic 98.07 ± 0.06 (mean and deviation
-over 3 seeds; isolated 97.38 ± 0.02) in 106 s of training on two cores, fp32.
+Expect, mean of 5 MACHs, real 98.45 ± 0.05, synthetic 98.07 ± 0.06 (mean and
+deviation over 3 seeds; isolated 97.38 ± 0.02) in 106 s of training on two cores, fp32.
 """
 
 import signal
@@ -224,7 +224,7 @@ def make_networks(settings):
 
 # Copied from asynchronous_sequence/main.py
 def make_trainers(settings, batches):
-    """One thread for each MACH, and a link from each to all it exchanges with."""
+    """One thread for each MACH, and links between those that exchange."""
     children = children_of(settings)
     trainers = [
         trainer.Trainer(i, mach, learner, children[i], batches[i], settings)

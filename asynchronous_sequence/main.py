@@ -8,8 +8,8 @@ links, and a delay that is whatever it is.
 
     python asynchronous_sequence/main.py
 
-Expect, mean of 3 MACHs, real 98.36 ± 0.04, synthetic 98.15 ± 0.03 (mean and deviation
-over 3 seeds; isolated 97.95 ± 0.03) in 67 s of training on two cores, fp32.
+Expect, mean of 3 MACHs, real 98.36 ± 0.04, synthetic 98.15 ± 0.03 (mean and
+deviation over 3 seeds; isolated 97.95 ± 0.03) in 67 s of training on two cores, fp32.
 """
 
 import signal
@@ -223,7 +223,7 @@ def make_networks(settings):
 
 
 def make_trainers(settings, batches):
-    """One thread for each MACH, and a link from each to all it exchanges with."""
+    """One thread for each MACH, and links between those that exchange."""
     children = children_of(settings)
     trainers = [
         trainer.Trainer(i, mach, learner, children[i], batches[i], settings)

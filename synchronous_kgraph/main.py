@@ -8,8 +8,8 @@ and one backward serves all MACHs.
 
     python synchronous_kgraph/main.py
 
-Expect, mean of 3 MACHs, real 98.58 ± 0.02, synthetic 98.44 ± 0.03 (mean and deviation
-over 3 seeds) in 99 s of training on two cores, fp32. Same seed, same log.
+Expect, mean of 3 MACHs, real 98.58 ± 0.02, synthetic 98.44 ± 0.03 (mean and
+deviation over 3 seeds) in 99 s of training on two cores, fp32. Same seed, same log.
 """
 
 import signal

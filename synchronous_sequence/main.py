@@ -1,4 +1,4 @@
-"""k MACHs in a row, in lockstep: synthetic inputs and late Grads, under control.
+"""k MACHs in a row, in lockstep: synthetic inputs and late Grads, controlled.
 
 Each MACH has a student of the one before it, whose synthetic output feeds it
 beside x, its own target loss and its own optimiser. Its gradient reaches the
@@ -8,8 +8,8 @@ the MACH before instead of the MACH itself.
 
     python synchronous_sequence/main.py
 
-Expect, mean of 3 MACHs, real 98.59 ± 0.01, synthetic 98.49 ± 0.04 (mean and deviation
-over 3 seeds) in 77 s of training on two cores, fp32. Same seed, same log.
+Expect, mean of 3 MACHs, real 98.59 ± 0.01, synthetic 98.49 ± 0.04 (mean and
+deviation over 3 seeds) in 77 s of training on two cores, fp32. Same seed, same log.
 """
 
 import signal

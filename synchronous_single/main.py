@@ -8,8 +8,8 @@ within half a point of what it mimics.
 
     python synchronous_single/main.py
 
-Expect real 98.63 ± 0.05, synthetic 98.34 ± 0.04 (mean and deviation over 3 seeds) in
-50 s of training on two cores, fp32. Same seed, same log.
+Expect real 98.63 ± 0.05, synthetic 98.34 ± 0.04 (mean and deviation over 3
+seeds) in 50 s of training on two cores, fp32. Same seed, same log.
 """
 
 import signal
