@@ -507,8 +507,15 @@ def main(words):
     return status
 
 
+# Copied from synchronous_single/main.py
+def interrupt(*_):
+    """Ends the run, once: a second Ctrl-C must not cut the results off."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest has deadlines
+    raise KeyboardInterrupt
+
+
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -233,7 +233,7 @@ def test_refused_in_a_process_of_its_own(tmp_path):
 # --------------------------------------------------------------------- Ctrl-C
 
 
-def interrupt(tmp_path, experiment, stream, moment, *words, python=()):
+def interrupt(tmp_path, experiment, stream, moment, *words, python=(), times=1):
     """Runs an experiment until Ctrl-C, when `stream` first matches `moment`.
 
     Args:
@@ -243,6 +243,7 @@ def interrupt(tmp_path, experiment, stream, moment, *words, python=()):
         moment: regular expression, of whole lines.
         *words: its command line.
         python: options of the interpreter.
+        times: how often Ctrl-C is pressed, 0.1 s apart.
     Returns:
         Exit code, stdout and stderr.
     """
@@ -263,7 +264,9 @@ def interrupt(tmp_path, experiment, stream, moment, *words, python=()):
                             re.M):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
         process.wait(HANG_SECONDS)
     finally:
         process.kill()
@@ -272,12 +275,19 @@ def interrupt(tmp_path, experiment, stream, moment, *words, python=()):
             *(path.read_text('utf-8') for path in paths.values()))
 
 
+@pytest.mark.parametrize('times', [1, 3])
 @pytest.mark.parametrize('experiment',
                          ['asynchronous_kgraph', 'synchronous_sequence'])
-def test_ctrl_c_in_training(tmp_path, experiment):
-    code, out, err = interrupt(tmp_path, experiment, 'stdout', 'step .*',
-                               '--log_every=10', '--hidden=64', '--k=3',
-                               '--precision=fp32')
+def test_ctrl_c_in_training(tmp_path, experiment, times):
+    code, out, err = interrupt(tmp_path,
+                               experiment,
+                               'stdout',
+                               'step .*',
+                               '--log_every=10',
+                               '--hidden=64',
+                               '--k=3',
+                               '--precision=fp32',
+                               times=times)
     assert code == 130
     assert 'Traceback' not in err
     log = metrics.parse_log(out)
