@@ -18,6 +18,7 @@ import sys
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -72,12 +73,22 @@ class Hyperparameters:
     k: int = hparam(5, 'MACHs; 1 is central, one on all the data', '>= 1')
     connected: bool = hparam(True, 'False: isolated, each on its shard')
     depth: int = hparam(1, 'edges that Spikes and Grads travel', '>= 0')
-    inputs: str = hparam('synthetic', 'in training', 'in synthetic real')
-    deadline: float = hparam(1.0, 'seconds, to wait for real inputs', '> 0')
-    mailbox: int = hparam(64, 'messages; when full the oldest goes', '>= 1')
+    neighbours: int = hparam(0, 'children asked in a step, 0 for all', '>= 0',
+                             '< k')
+    inputs: str = hparam('synthetic', 'in training',
+                         'in synthetic real late both')
+    deadline: float = hparam(1.0, 'seconds, for answers and Grads', '> 0')
+    mailbox: int = hparam(256, 'messages; when full the oldest goes', '>= 1')
     share: float = hparam(0.25, 'of own rows sent: largest Grads', '> 0',
                           '<= 1')
     grad_weight: float = hparam(4.0, 'factor on the Grads it sends', '>= 0')
+    # Conditions: what links and MACHs are made to suffer.
+    latency: float = hparam(0.0, 'seconds on an edge, each way', '>= 0')
+    jitter: float = hparam(0.0, 'seconds more at most, at random', '>= 0')
+    loss_rate: float = hparam(0.0, 'of messages, lost', '>= 0', '<= 1')
+    slow_mach: int = hparam(-1, 'the MACH that is slow, -1 for none', '>= -1',
+                            '< k')
+    slow_factor: float = hparam(10.0, 'times longer, its steps', '>= 1')
     # Networks.
     embedding: int = hparam(64, 'units that a MACH answers with', '>= 1')
     hidden: int = hparam(512, 'units, then half as many', '>= 2')
@@ -92,9 +103,13 @@ class Hyperparameters:
 
 
 # Copied from synchronous_single/main.py
-def convert(field, value):
+def convert(field, value, others):
     """One hyperparameter's value, from text or as edited in place.
 
+    Args:
+        field: its field of Hyperparameters.
+        value: to be read.
+        others: has those that come before it; a limit may name one.
     Raises:
         ArgumentTypeError: the wrong type, or outside of its limits.
     """
@@ -114,7 +129,9 @@ def convert(field, value):
         if sign == 'in':
             allowed = value in bound.split(' ')
         else:
+            bound = getattr(others, bound, bound)
             allowed = compare[sign](value, float(bound))
+            limit = f'{sign} {bound}'
         if not allowed:
             raise argparse.ArgumentTypeError(f'must be {limit}, not {value!r}')
     return value
@@ -162,7 +179,7 @@ def read_hyperparameters(words):
         parser.error(f'there is no hyperparameter {name}; {hint}')
     for field in fields:
         try:
-            value = convert(field, getattr(values, field.name))
+            value = convert(field, getattr(values, field.name), values)
         except argparse.ArgumentTypeError as error:
             parser.error(f'--{field.name} {error}')
         setattr(values, field.name, value)
@@ -223,6 +240,24 @@ def make_networks(settings):
 
 
 # Copied from asynchronous_sequence/main.py
+def make_link(settings, mailbox, edge):
+    """A link to a mailbox, under the conditions of the hyperparameters.
+
+    Args:
+        settings: the hyperparameters.
+        mailbox: where it ends.
+        edge: (sender, receiver).
+    """
+    found = link.MailboxLink(mailbox)
+    if settings.latency or settings.jitter or settings.loss_rate:
+        found = link.LateLink(mailbox, settings.latency, settings.jitter,
+                              settings.loss_rate, f'{settings.seed} {edge}')
+    if settings.device != 'cpu':
+        found = link.StreamLink(found)
+    return found
+
+
+# Copied from asynchronous_sequence/main.py
 def make_trainers(settings, batches):
     """One thread for each MACH, and links between those that exchange."""
     children = children_of(settings)
@@ -232,9 +267,13 @@ def make_trainers(settings, batches):
     ]
     for parent in trainers:
         for child in children[parent.index]:
-            parent.connect(child, link.MailboxLink(trainers[child].mailbox))
-            trainers[child].connect(parent.index,
-                                    link.MailboxLink(parent.mailbox))
+            parent.connect(
+                child,
+                make_link(settings, trainers[child].mailbox,
+                          (parent.index, child)))
+            trainers[child].connect(
+                parent.index,
+                make_link(settings, parent.mailbox, (child, parent.index)))
     return {f'mach {i}': trainer for i, trainer in enumerate(trainers)}
 
 
@@ -266,31 +305,51 @@ class Worker(threading.Thread):
 
     def run(self):
         """The thread's body; whatever happens ends in an event."""
+        stream = contextlib.nullcontext()
+        if self.settings.device != 'cpu':  # own, so that kernels overlap
+            torch.cuda.synchronize()  # what the main thread made is there
+            stream = torch.cuda.stream(torch.cuda.Stream(self.settings.device))
         try:
-            self.watch.start()
-            while (self.trainer.steps_taken < self.settings.steps and
-                   not self.halt.is_set()):
-                self.trainer.step(self.halt.is_set)
-                if self.trainer.steps_taken % self.settings.log_every == 0:
-                    lines = self.trainer.steps_taken, self.trainer.report()
-                    self.events.put(('step', self, lines))
-                if self.rest.is_set():
-                    self._rest()
-            self.watch.pause()
-            self.events.put(('done', self, self.trainer.copies()))
-            while not self.halt.is_set():  # others may still ask
-                self.trainer.serve(0.02)
-                if self.rest.is_set():
-                    self._rest()
+            with stream:
+                self._train()
         except FloatingPointError as error:  # a loss that is not finite
             self.events.put(('failed', self, str(error)))
         except Exception:  # pylint: disable=broad-except
             self.events.put(('failed', self, traceback.format_exc().rstrip()))
 
+    def _train(self):
+        slow = self.trainer.index == self.settings.slow_mach
+        self.watch.start()
+        while (self.trainer.steps_taken < self.settings.steps and
+               not self.halt.is_set()):
+            started = time.monotonic()
+            self.trainer.step(self.halt.is_set)
+            if slow:
+                spent = time.monotonic() - started
+                extra = spent * (self.settings.slow_factor - 1)
+                self.halt.wait(min(extra, threading.TIMEOUT_MAX))
+            if self.trainer.steps_taken % self.settings.log_every == 0:
+                lines = self.trainer.steps_taken, self.trainer.report()
+                self.events.put(('step', self, lines))
+            if self.rest.is_set():
+                self._rest()
+        self.watch.pause()
+        self._hand_over('done')
+        while not self.halt.is_set():  # others may still ask
+            self.trainer.serve(0.02)
+            if self.rest.is_set():
+                self._rest()
+
+    def _hand_over(self, kind):
+        copies = self.trainer.copies()
+        if self.settings.device != 'cpu':  # the reader's stream is another
+            torch.cuda.current_stream().synchronize()
+        self.events.put((kind, self, copies))
+
     def _rest(self):
         """Lets the main thread evaluate a copy while the clock stands still."""
         self.watch.pause()
-        self.events.put(('copy', self, self.trainer.copies()))
+        self._hand_over('copy')
         while self.rest.is_set() and not self.halt.is_set():
             self.trainer.serve(0.005)
         if self.trainer.steps_taken < self.settings.steps:

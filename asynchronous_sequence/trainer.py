@@ -9,7 +9,9 @@ has when it comes. How late that is, is counted (staleness), never assumed.
 import collections
 import copy
 import dataclasses
+import itertools
 import math
+import random
 import time
 
 import link as links
@@ -20,19 +22,25 @@ from torch.nn import functional
 
 @dataclasses.dataclass
 class Inquiry:
-    """A question to the children about one x, and what has come back of it.
+    """A question to children about one x, and what has come back of it.
 
     Attributes:
         key: that of its Spikes.
         x: [B, 784].
-        expires: when those who wait for it give up, in seconds of the clock.
-        spike: the Spike that it is relayed for; None for an own batch.
+        chosen: positions of the n children that were asked.
+        asked: when, in seconds of the clock.
+        expires: when no answer is waited for any longer.
+        spike: the Spike that it is relayed for; None for own rows.
+        y: [B], labels to train on once it is answered; None if it is not to.
         answers: child's index -> its Answer.
     """
     key: tuple
     x: torch.Tensor
+    chosen: tuple
+    asked: float
     expires: float
     spike: links.Spike | None = None
+    y: torch.Tensor | None = None
     answers: dict = dataclasses.field(default_factory=dict)
 
 
@@ -42,14 +50,25 @@ class Block:
 
     Attributes:
         x: [B, 784].
+        chosen: positions of the n children whose inputs join.
+        y: [B], for own rows.
         inquiry: whose answers are the real inputs; None for synthetic ones.
         spike: the Spike to answer, if any.
         grad: the Grad to apply, if any.
+        leaf: inputs [R, n, E] of this Block and of others; `rows` are its own.
     """
     x: torch.Tensor
+    chosen: tuple
+    y: torch.Tensor | None = None
     inquiry: Inquiry | None = None
     spike: links.Spike | None = None
     grad: links.Grad | None = None
+    leaf: torch.Tensor | None = None
+    rows: slice | None = None
+
+    def gradient(self):
+        """What has been backpropagated to its inputs, [B, n, E]."""
+        return self.leaf.grad[self.rows]
 
 
 class Trainer:
@@ -76,7 +95,7 @@ class Trainer:
                  clock=time.monotonic):
         self.index, self.mach, self.student = index, mach, student
         self.children, self.batches, self.settings = children, batches, settings
-        self.mailbox = links.Mailbox(settings.mailbox)
+        self.mailbox = links.Mailbox(settings.mailbox, clock)
         self.links = {}  # neighbour's index -> Link, filled by `connect`
         self.steps_taken = 0
         self.seen = {}  # child -> its step count in its last answer
@@ -89,9 +108,14 @@ class Trainer:
         )  # (Spike, Inquiry or None), to answer
         self._grads = collections.deque()  # to apply
         self._lessons = collections.deque()  # Inquiries, for the student
+        self._answered = collections.deque()  # Inquiries, to train on
         self._dropped = 0
-        self._generator = torch.Generator().manual_seed(settings.seed * 1009 +
-                                                        index)
+        self._trip = None  # seconds from Spike to answer, smoothed
+        self._trip_deviation = 0.0
+        seed = settings.seed * 1009 + index
+        self._generator = torch.Generator().manual_seed(seed)
+        self._random = random.Random(seed)
+        self._chosen = self._choose()
         self._own_optimiser = Optimiser(mach.parameters(),
                                         settings.learning_rate,
                                         settings.weight_decay, settings)
@@ -123,16 +147,19 @@ class Trainer:
         self.close_step(x, y, inquiry)
 
     def open_step(self):
-        """Takes a batch; asks the children about it if their inputs are real.
+        """Takes a batch; asks about it where `inputs` are `real` or `late`.
 
         Returns:
             x [B, 784], y [B] and the open Inquiry, None if nothing is awaited.
         """
         x, y = self.batches.next()
-        inquiry, settings = None, self.settings
-        if settings.inputs == 'real' and settings.depth > 0 and self.children:
-            inquiry = self._ask(x, settings.depth - 1)
-        return x, y, inquiry
+        self._chosen, settings = self._choose(), self.settings
+        if self.children and settings.depth > 0:
+            if settings.inputs == 'real':
+                return x, y, self._ask(x, settings.depth - 1, self._chosen)
+            if settings.inputs == 'late':
+                self._ask(x, settings.depth - 1, self._chosen, y=y)
+        return x, y, None
 
     def close_step(self, x, y, inquiry):
         """Trains on x [B, 784], y [B], and on all that has arrived by now.
@@ -145,30 +172,36 @@ class Trainer:
                 loss, no answer and no Grad was sent.
         """
         self._read_mail(0.0)
-        own = Block(x, inquiry)
+        own = self._take_own(x, y, inquiry)
         served = self._take_served()
-        rows = len(x)
+        x = torch.cat([block.x for block in own + served])  # [R, 784]
+        y = torch.cat([block.y for block in own])  # [O], O <= R own rows
         with self._autocast():
-            inputs = self._inputs([own] + served)  # [R, C, E]
-            local = self.mach.local_part(
-                torch.cat([x] + [block.x for block in served]))  # [R, E]
+            joined = self._join(own + served)  # [R, E]
+            local = self.mach.local_part(x)  # [R, E]
             # Own rows alone have dropout. Parents' students would chase its
             # noise (25% relative error instead of 2.6%).
-            keep = self._dropout_mask(local, rows)
-            embedding = torch.relu(local * keep + self.mach.joined_part(inputs))
-            logits = self.mach.head(embedding[:rows]).to(x.dtype)
+            keep = self._dropout_mask(local, len(y))
+            embedding = torch.relu(local * keep + joined)
+            logits = self.mach.head(embedding[:len(y)]).to(x.dtype)
+            # Each row weighs the same, however many have come late.
             loss = functional.cross_entropy(
-                logits, y, label_smoothing=self.settings.label_smoothing)
-            embedding = embedding[rows:]  # [R - B, E]
+                logits,
+                y,
+                reduction='sum',
+                label_smoothing=self.settings.label_smoothing)
+            loss = loss / self.settings.batch_size
+            embedding = embedding[len(y):]  # [R - O, E]
         check_finite(loss, 'target loss', self.steps_taken + 1)
         self._answer(served, embedding.detach())
         self._apply(loss, served, embedding)
         if self.children:
-            self._tell_children(own, served, inputs.grad)
+            self._tell_children(own, served)
         self._teach()
         self.steps_taken += 1
         self._window.update(steps=1,
-                            images=rows,
+                            images=len(y),
+                            batches=len(y) / self.settings.batch_size,
                             loss=loss.item(),
                             correct=(logits.argmax(1) == y).sum().item())
 
@@ -180,20 +213,24 @@ class Trainer:
         self._read_mail(timeout)
         if self.steps_taken >= self.settings.steps:
             self._grads.clear()
-        blocks = [Block(s.x, inquiry, spike=s) for s, inquiry in self._spikes]
+            self._relayed.clear()
+            self._answered.clear()
+        blocks = [self._served(s.x, inquiry, s) for s, inquiry in self._spikes]
         self._spikes.clear()
         if blocks:
             with torch.no_grad(), self._autocast():
-                inputs = self._inputs(blocks)
-                embedding = self.mach(torch.cat([block.x for block in blocks]),
-                                      inputs)
-            self._answer(blocks, embedding)
+                joined = self._join(blocks)
+                local = self.mach.local_part(
+                    torch.cat([block.x for block in blocks]))
+            self._answer(blocks, torch.relu(local + joined))
 
     # ------------------------------------------------------------- incoming
 
     def _read_mail(self, timeout):
         """Sorts what has arrived; sends Spikes on that have depth left."""
         for message in self.mailbox.collect(timeout):
+            if self.settings.device != 'cpu':  # used on this stream from now on
+                links.hold(message)
             if not message.is_finite():
                 self._dropped += 1  # a neighbour diverges: do not follow it
             elif isinstance(message, links.Answer):
@@ -201,14 +238,16 @@ class Trainer:
             elif isinstance(message, links.Grad):
                 self._keep(self._grads, message)
             elif message.depth > 0 and self.children:
-                self._ask(message.x, message.depth - 1, message)
+                self._ask(message.x, message.depth - 1, self._choose(), message)
             else:
                 self._keep(self._spikes, (message, None))
-        now = self._clock()
+        now, patience = self._clock(), self._patience()
         for inquiry in list(self._inquiries.values()):
-            # The student can wait for its lesson; whoever wants to go on cannot.
-            if inquiry.expires <= now:
+            if inquiry.expires <= now or now - inquiry.asked > patience:
                 self._settle(inquiry)
+        for key, inquiry in list(self._relayed.items()):
+            if inquiry.expires <= now:  # its Grad was lost
+                del self._relayed[key]
 
     def _note_answer(self, answer):
         self.seen[answer.sender] = max(answer.version,
@@ -217,18 +256,38 @@ class Trainer:
         if inquiry is None:
             return  # too late: the asker went on without it
         inquiry.answers[answer.sender] = answer
-        if len(inquiry.answers) == len(self.children):
+        trip = self._clock() - inquiry.asked
+        if self._trip is None:
+            self._trip, self._trip_deviation = trip, trip / 2
+        self._trip_deviation += (abs(trip - self._trip) -
+                                 self._trip_deviation) / 4
+        self._trip += (trip - self._trip) / 8
+        if len(inquiry.answers) == len(inquiry.chosen):
             self._settle(inquiry)
+
+    def _patience(self):
+        """After how many seconds an answer still missing must be lost.
+
+        As TCP finds it from the round trips so far (RFC 6298), so that lessons
+        that a lost answer holds up are not held up for the whole deadline. Who
+        waits for real inputs waits to the deadline.
+        """
+        if self._trip is None or self.settings.inputs == 'real':
+            return math.inf
+        return self._trip + 4 * self._trip_deviation
 
     def _settle(self, inquiry):
         """No more answers are waited for; what has come is put to use."""
         del self._inquiries[inquiry.key]
         if inquiry.answers:
             self._keep(self._lessons, inquiry)
+            if inquiry.y is not None:
+                self._keep(self._answered, inquiry)
         if inquiry.spike is not None:
             self._keep(self._spikes, (inquiry.spike, inquiry))
-            if self.settings.inputs == 'real':
+            if self.settings.inputs != 'synthetic':
                 # Its Grad is to find the inputs that the answer was made from.
+                inquiry.expires = self._deadline(inquiry.spike.depth)
                 self._relayed[inquiry.spike.key] = inquiry
                 if len(self._relayed) > self.settings.mailbox:
                     self._relayed.popitem(last=False)
@@ -239,31 +298,47 @@ class Trainer:
             self._dropped += 1
         queue.append(item)
 
+    def _deadline(self, depth):
+        """When to give up on what Spikes of this depth bring about.
+
+        Half-way down half of the deadline is left, so that an answer made up
+        with synthetic inputs down there is still in time up here. What a late
+        link takes comes on top.
+        """
+        settings, hops = self.settings, depth + 1
+        share = min(1.0, hops / max(1, settings.depth))
+        trip = 2 * (settings.latency + settings.jitter)
+        return self._clock() + settings.deadline * share + trip * hops
+
     # ------------------------------------------------------------- outgoing
 
-    def _ask(self, x, depth, spike=None):
-        """Spikes all children about x [B, 784]; returns the open Inquiry.
+    def _choose(self):
+        """Positions of the children that take part: `neighbours`, or all."""
+        everyone = range(len(self.children))
+        if not 0 < self.settings.neighbours < len(everyone):
+            return tuple(everyone)
+        return tuple(
+            sorted(self._random.sample(everyone, self.settings.neighbours)))
+
+    def _ask(self, x, depth, chosen, spike=None, y=None):
+        """Spikes the chosen children; returns the open Inquiry.
 
         Args:
             x: [B, 784].
             depth: of the Spikes sent.
-            spike: the Spike this is relayed for; None for an own batch.
+            chosen: positions of the children.
+            spike: the Spike this is relayed for; None for own rows.
+            y: [B], to train on x once it is answered; None not to.
         """
         self._keys += 1
-        # An own batch that nobody waits for is a lesson, good however late. Who
-        # waits does so a hop's share of the deadline, so that an answer made up
-        # with synthetic inputs down there is still in time up here.
-        expires = math.inf
-        if spike is not None or self.settings.inputs == 'real':
-            share = (depth + 1) / max(1, self.settings.depth)
-            expires = self._clock() + self.settings.deadline * min(1.0, share)
-        inquiry = Inquiry((self.index, self._keys), x, expires, spike)
+        inquiry = Inquiry((self.index, self._keys), x, chosen, self._clock(),
+                          self._deadline(depth), spike, y)
         self._inquiries[inquiry.key] = inquiry
         if len(self._inquiries) > self.settings.mailbox:
             self._dropped += 1
             self._settle(next(iter(self._inquiries.values())))
-        for child in self.children:
-            self.links[child].send(
+        for position in chosen:
+            self.links[self.children[position]].send(
                 links.Spike(inquiry.key, self.index, x, depth))
         return inquiry
 
@@ -278,79 +353,141 @@ class Trainer:
                                  embedding[first:last], self.steps_taken))
             first = last
 
-    def _tell_children(self, own, served, gradient):
-        """Sends gradient [R, C, E] on, of own rows and of Grads with depth left.
+    def _tell_children(self, own, served):
+        """Sends Spikes about new rows, and Grads as far as there is depth left.
 
-        Of own rows that have not been asked about, those go, as a Spike and a
-        Grad, whose gradients are the largest. The others would cost the children
-        as much and teach them little.
+        Of new rows those go whose gradients are the largest (`share`). The
+        others would cost the children as much and teach them little.
         """
-        first, x, inquiry = len(own.x), own.x, own.inquiry
-        grads = gradient[:first]
-        if inquiry is None:
-            if self.settings.share < 1:
-                rows = math.ceil(self.settings.share * first)
-                chosen = grads.flatten(1).norm(dim=1).topk(rows).indices
-                x, grads = x[chosen], grads[chosen]
-            inquiry = self._ask(x, max(0, self.settings.depth - 1))
-        if self.settings.depth > 0:
-            self._send_grads(inquiry, x, grads * self.settings.grad_weight,
-                             self.settings.depth - 1)
+        settings = self.settings
+        for block in own:
+            x, y, inquiry = block.x, block.y, block.inquiry
+            grads = block.gradient() * settings.grad_weight  # [B, n, E]
+            if settings.inputs == 'late' and inquiry is None:
+                continue  # has been asked about; its Grads are to be real ones
+            if settings.share < 1 and (inquiry is None or
+                                       settings.inputs == 'late'):
+                rows = math.ceil(settings.share * len(x))
+                largest = grads.flatten(1).norm(dim=1).topk(rows).indices
+                x, y, grads = x[largest], y[largest], grads[largest]
+                if inquiry is not None:  # the Spikes were about more rows
+                    inquiry = dataclasses.replace(inquiry, key=None)
+            if inquiry is None:
+                if settings.inputs == 'synthetic' or settings.depth == 0:
+                    y = None
+                inquiry = self._ask(x,
+                                    max(0, settings.depth - 1),
+                                    block.chosen,
+                                    y=y)
+                if y is not None:
+                    continue  # its Grads follow when it has been answered
+            if settings.depth > 0:
+                self._send_grads(inquiry, x, grads, settings.depth - 1)
         for block in served:
-            last = first + len(block.x)
             if block.grad is not None and block.grad.depth > 0:
-                self._send_grads(block.inquiry, block.x, gradient[first:last],
+                inquiry = block.inquiry
+                if inquiry is None:  # the children were never asked about x
+                    inquiry = Inquiry(None, block.x, block.chosen, 0.0, 0.0)
+                self._send_grads(inquiry, block.x, block.gradient(),
                                  block.grad.depth - 1)
-            first = last
 
     def _send_grads(self, inquiry, x, gradient, depth):
-        """Sends each child its Grad: x [B, 784] and a slice of [B, C, E]."""
-        if inquiry is None:  # the children were never asked about this x
+        """Sends each child asked its Grad: x [B, 784], slice of [B, n, E]."""
+        key = inquiry.key
+        if key is None:  # no Spike was about these very rows
             self._keys += 1
-            inquiry = Inquiry((self.index, self._keys), x, 0.0)
-        for position, child in enumerate(self.children):
+            key = self.index, self._keys
+        for i, position in enumerate(inquiry.chosen):
+            child = self.children[position]
             version = self.seen.get(child, 0)
             if child in inquiry.answers:
                 version = inquiry.answers[child].version
             self.links[child].send(
-                links.Grad(inquiry.key, self.index, x, gradient[:, position],
-                           version, depth))
+                links.Grad(key, self.index, x, gradient[:, i], version, depth))
 
     # ------------------------------------------------------------- learning
+
+    def _take_own(self, x, y, inquiry):
+        """Blocks of own rows: those answered by now, and the new batch.
+
+        Args:
+            x: [B, 784], y: [B], the new batch.
+            inquiry: with the answers about it where they were waited for.
+        """
+        blocks = [Block(i.x, i.chosen, i.y, i) for i in self._answered]
+        self._answered.clear()
+        if self.settings.inputs != 'late' or not blocks:
+            blocks.append(Block(x, self._chosen, y, inquiry))
+        return blocks
 
     def _take_served(self):
         """What is to be done on others' rows: a list of Blocks, by key."""
         blocks = {
-            spike.key: Block(spike.x, inquiry, spike=spike)
+            spike.key: self._served(spike.x, inquiry, spike)
             for spike, inquiry in self._spikes
         }
         for grad in self._grads:
             inquiry = self._relayed.pop(grad.key, None)
-            blocks.setdefault(grad.key, Block(grad.x, inquiry)).grad = grad
+            blocks.setdefault(grad.key, self._served(grad.x,
+                                                     inquiry)).grad = grad
         self._spikes.clear()
         self._grads.clear()
         return list(blocks.values())
 
-    def _inputs(self, blocks):
-        """The children's inputs [R, C, E] for the rows of all blocks.
+    def _served(self, x, inquiry, spike=None):
+        chosen = self._chosen if inquiry is None else inquiry.chosen
+        return Block(x, chosen, inquiry=inquiry, spike=spike)
 
-        Synthetic ones, and the real ones where answers have come. A leaf that
-        requires grad: the gradient ends here, and travels on as Grads. No graph
-        leads into the student.
+    def _join(self, blocks):
+        """What the children's inputs add to the rows of all blocks, [R, E].
+
+        Synthetic ones, and real ones where answers have come. Inputs are leaves
+        that require grad: the gradient ends there, and travels on as Grads. No
+        graph leads into the student.
         """
         if not self.children:
-            return None
-        with torch.no_grad():
-            inputs = self.student(torch.cat([block.x for block in blocks]))
-            first = 0
-            for block in blocks:
+            return 0.0
+        joined = []
+        for chosen, run in itertools.groupby(blocks, lambda b: b.chosen):
+            run, first = list(run), 0
+            with torch.no_grad():
+                leaf = self._make_inputs(run, chosen)  # [., n, E]
+            for block in run:
                 last = first + len(block.x)
-                answers = block.inquiry.answers if block.inquiry else {}
-                for position, child in enumerate(self.children):
-                    if child in answers:
-                        inputs[first:last, position] = answers[child].embedding
+                block.leaf, block.rows = leaf, slice(first, last)
                 first = last
-        return inputs.requires_grad_()
+            leaf.requires_grad_()
+            joined.append(self.mach.joined_part(leaf, chosen))
+        return joined[0] if len(joined) == 1 else torch.cat(joined)
+
+    def _make_inputs(self, blocks, chosen):
+        """Inputs [R, n, E] of the chosen children for the rows of all blocks."""
+        children = [self.children[position] for position in chosen]
+        answers = [b.inquiry.answers if b.inquiry else {} for b in blocks]
+        lacking = [
+            block.x
+            for block, known in zip(blocks, answers)
+            if len(known) < len(chosen)
+        ]
+        if lacking:
+            synthetic = self.student(torch.cat(lacking), chosen)
+            if not any(answers):
+                return synthetic
+        parts, first = [], 0
+        for block, known in zip(blocks, answers):
+            if len(known) == len(chosen):
+                parts += [
+                    torch.stack([known[child].embedding for child in children],
+                                1)
+                ]
+                continue
+            last = first + len(block.x)
+            parts.append(synthetic[first:last])
+            for i, child in enumerate(children):
+                if child in known:
+                    parts[-1][:, i] = known[child].embedding
+            first = last
+        return torch.cat(parts)
 
     def _apply(self, loss, served, embedding):
         """Backpropagates the loss and all Grads at once; takes one step."""
@@ -361,7 +498,7 @@ class Trainer:
                     torch.zeros_like(embedding[:len(block.x)])
                     if block.grad is None else block.grad.gradient
                     for block in served
-                ]))  # [R - B, E]
+                ]))  # [R - O, E]
             roots.append(embedding)
         torch.autograd.backward(roots, gradients)
         self._own_optimiser.step()
@@ -376,21 +513,28 @@ class Trainer:
         """Trains the student on the answers that have come."""
         if not self._lessons:
             return
-        x = torch.cat([lesson.x for lesson in self._lessons])
-        real = x.new_zeros(len(x), len(self.children),
-                           self.settings.embedding)  # [B, C, E]
-        answered = x.new_zeros(len(x), len(self.children))  # [B, C]
-        first = 0
+        total = sum(len(lesson.x) for lesson in self._lessons)
+        groups = {}
         for lesson in self._lessons:
-            last = first + len(lesson.x)
-            for position, child in enumerate(self.children):
-                if child in lesson.answers:
-                    real[first:last, position] = lesson.answers[child].embedding
-                    answered[first:last, position] = 1
-            first = last
+            groups.setdefault(lesson.chosen, []).append(lesson)
         self._lessons.clear()
-        with self._autocast():
-            loss = students.synthetic_loss(self.student(x), real, answered)
+        loss = 0.0
+        for chosen, lessons in groups.items():
+            x = torch.cat([lesson.x for lesson in lessons])  # [B, 784]
+            real = x.new_zeros(len(x), len(chosen), self.settings.embedding)
+            answered = x.new_zeros(len(x), len(chosen))
+            first = 0
+            for lesson in lessons:
+                last = first + len(lesson.x)
+                for i, position in enumerate(chosen):
+                    answer = lesson.answers.get(self.children[position])
+                    if answer is not None:
+                        real[first:last, i] = answer.embedding
+                        answered[first:last, i] = 1
+                first = last
+            with self._autocast():
+                loss = loss + students.synthetic_loss(self.student(
+                    x, chosen), real, answered) * (len(x) / total)
         check_finite(loss, 'synthetic loss', self.steps_taken + 1)
         loss.backward()
         self._student_optimiser.step()
@@ -415,10 +559,10 @@ class Trainer:
     def report(self):
         """The log's `step` fields of this MACH since the last report."""
         window, self._window = self._window, collections.Counter()
-        steps, lessons = max(1, window['steps']), max(1, window['lessons'])
+        batches, lessons = max(1, window['batches']), max(1, window['lessons'])
         return {
             self.index: {
-                'loss': window['loss'] / steps,
+                'loss': window['loss'] / batches,
                 'train': 100.0 * window['correct'] / max(1, window['images']),
                 'synthetic_loss': window['synthetic_loss'] / lessons,
                 'staleness': self.staleness()[self.index]['staleness'],
@@ -436,6 +580,8 @@ class Trainer:
                     self._staleness_max,
                 'dropped':
                     self.mailbox.dropped + self._dropped,
+                'lost':
+                    self.mailbox.lost,
             }
         }
 

@@ -31,7 +31,7 @@ BOOKKEEPING = ('seed', 'data', 'strict_data', 'log_every', 'evaluate_every')
 # How the mean line comes from those of the MACHs, in the order of its keys.
 COMBINE = dict.fromkeys(('synthetic', 'real', 'steps', 'rate', 'staleness'),
                         statistics.fmean)
-COMBINE |= dict(staleness_max=max, dropped=sum, seconds=max)
+COMBINE |= dict(staleness_max=max, dropped=sum, seconds=max, lost=sum)
 
 _KEY = re.compile('[A-Za-z_][A-Za-z0-9_]*')
 _INT = re.compile('[+-]?[0-9]+')

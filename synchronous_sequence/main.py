@@ -91,9 +91,13 @@ class Hyperparameters:
 
 
 # Copied from synchronous_single/main.py
-def convert(field, value):
+def convert(field, value, others):
     """One hyperparameter's value, from text or as edited in place.
 
+    Args:
+        field: its field of Hyperparameters.
+        value: to be read.
+        others: has those that come before it; a limit may name one.
     Raises:
         ArgumentTypeError: the wrong type, or outside of its limits.
     """
@@ -113,7 +117,9 @@ def convert(field, value):
         if sign == 'in':
             allowed = value in bound.split(' ')
         else:
+            bound = getattr(others, bound, bound)
             allowed = compare[sign](value, float(bound))
+            limit = f'{sign} {bound}'
         if not allowed:
             raise argparse.ArgumentTypeError(f'must be {limit}, not {value!r}')
     return value
@@ -161,7 +167,7 @@ def read_hyperparameters(words):
         parser.error(f'there is no hyperparameter {name}; {hint}')
     for field in fields:
         try:
-            value = convert(field, getattr(values, field.name))
+            value = convert(field, getattr(values, field.name), values)
         except argparse.ArgumentTypeError as error:
             parser.error(f'--{field.name} {error}')
         setattr(values, field.name, value)

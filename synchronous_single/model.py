@@ -1,5 +1,7 @@
 """The MACH: a local network, a joiner of its children's embeddings, a head."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,14 +28,16 @@ class Mach(nn.Module):
             nn.Linear(pixels, hidden), nn.ReLU(),
             nn.Linear(hidden, hidden // 2), nn.ReLU(),
             nn.Linear(hidden // 2, embedding))
-        self.joiner = None  # inputs [B, C * E] -> joined [B, E]
-        if children:
-            self.joiner = nn.Linear(children * embedding, embedding, bias=False)
+        # The joiner, inputs [B, C, E] -> joined [B, E]: a weight [E, E] of each
+        # child, apart, so that a step with n of them costs no more than these.
+        self.joiner = nn.ParameterList()
+        for _ in range(children):
             # Starts near a third of the children's mean: what they call a class
             # then means that class from the first step on.
-            with torch.no_grad():
-                mean = torch.eye(embedding).repeat(1, children) / children
-                self.joiner.weight.mul_(0.2).add_(mean, alpha=0.3)
+            mean = torch.eye(embedding) / children
+            spread = 0.2 / math.sqrt(children * embedding)
+            noise = torch.empty_like(mean).uniform_(-spread, spread)
+            self.joiner.append(nn.Parameter(0.3 * mean + noise))
         self.head = nn.Linear(embedding, classes)  # d [B, E] -> logits [B, 10]
 
     def forward(self, x, inputs=None):
@@ -53,15 +57,28 @@ class Mach(nn.Module):
         """x [B, 784] -> h [B, E], what this MACH makes of x by itself."""
         return self.local(x).to(self.head.weight.dtype)
 
-    def joined_part(self, inputs):
-        """inputs [B, C, E] -> [B, E], what the children add; 0 without any.
+    def joined_part(self, inputs, chosen=None):
+        """inputs [B, n, E] -> [B, E], what the children add; 0 without any.
 
         Each child's embedding is brought to mean 0 and variance 1. That bounds
         the loop of synthetic inputs that mimic answers made from synthetic
         inputs, and no Grad can push a child's embedding to grow or to shift, a
         drift that its parents' students would have to chase.
+
+        Args:
+            inputs: [B, n, E].
+            chosen: positions of the n children they are of, which then speak
+                for all C (times C / n); None for all.
         """
-        if self.joiner is None:
+        if not len(self.joiner):
             return 0.0
+        parts = list(self.joiner)
+        if chosen is not None:
+            parts = [self.joiner[position] for position in chosen]
+        weight = torch.cat(parts, 1)  # [E, n * E]
         inputs = functional.layer_norm(inputs, inputs.shape[-1:])
-        return self.joiner(inputs.flatten(1)).to(self.head.weight.dtype)
+        joined = functional.linear(inputs.flatten(1), weight)
+        joined = joined.to(self.head.weight.dtype)
+        if len(parts) < len(self.joiner):
+            joined = joined * (len(self.joiner) / len(parts))
+        return joined

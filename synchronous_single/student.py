@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 class Student(nn.Module):
@@ -20,16 +21,30 @@ class Student(nn.Module):
 
     def __init__(self, children, hidden, embedding, pixels=784):
         super().__init__()
-        self.children_count = children
-        self.layers = nn.Sequential(  # x [B, 784] -> [B, C * E]
+        self.trunk = nn.Sequential(  # x [B, 784] -> [B, hidden]
             nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
-            nn.ReLU(), nn.Linear(hidden, children * embedding))
+            nn.ReLU())
+        self.heads = nn.ModuleList(  # of each child: [B, hidden] -> [B, E]
+            nn.Linear(hidden, embedding) for _ in range(children))
 
-    def forward(self, x):
-        """x [B, 784] -> synthetic inputs [B, C, E]; slice j mimics d_j(x)."""
+    def forward(self, x, chosen=None):
+        """x [B, 784] -> synthetic inputs [B, C, E]; slice j mimics d_j(x).
+
+        Args:
+            x: [B, 784].
+            chosen: positions of n children, whose slices alone are made
+                [B, n, E]; None for all.
+        """
+        heads = list(self.heads)
+        if chosen is not None:
+            heads = [self.heads[position] for position in chosen]
+        # One product for all heads, in place of one for each.
+        synthetic = functional.linear(
+            self.trunk(x), torch.cat([head.weight for head in heads]),
+            torch.cat([head.bias for head in heads]))
         # Nonnegative as the embeddings it mimics, and in their precision.
-        synthetic = torch.relu(self.layers(x).to(self.layers[0].weight.dtype))
-        return synthetic.unflatten(1, (self.children_count, -1))
+        synthetic = torch.relu(synthetic.to(heads[0].weight.dtype))
+        return synthetic.unflatten(1, (len(heads), -1))
 
 
 def synthetic_loss(synthetic, real, answered=None):

@@ -118,8 +118,8 @@ def held(trainer):
     sizes = {'mailbox': len(trainer.mailbox)}
     for name, value in vars(trainer).items():
         if (hasattr(value, '__len__') and
-                name not in ('links', 'children', 'seen', '_window', 'mach',
-                             'student')):
+                name not in ('links', 'children', 'seen', '_window', '_chosen',
+                             'mach', 'student')):
             sizes[name] = len(value)
     return sizes
 
