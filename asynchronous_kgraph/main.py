@@ -64,7 +64,7 @@ class Hyperparameters:
     # Run.
     seed: int = hparam(0, 'of weights, shards, shuffles', '>= 0', '< 1e9')
     steps: int = hparam(2500, 'training steps of each MACH', '>= 1')
-    batch_size: int = hparam(64, 'own images in a step', '>= 1')
+    batch_size: int = hparam(128, 'own images in a step', '>= 1')
     log_every: int = hparam(200, 'steps', '>= 1')
     evaluate_every: int = hparam(1000, 'steps, 0 for never', '>= 0')
     device: str = hparam('cpu', 'cpu, cuda or cuda:N')
@@ -92,9 +92,9 @@ class Hyperparameters:
     # Networks.
     embedding: int = hparam(64, 'units that a MACH answers with', '>= 1')
     hidden: int = hparam(512, 'units, then half as many', '>= 2')
-    student_hidden: int = hparam(256, 'units in each of two layers', '>= 1')
+    student_hidden: int = hparam(128, 'units in each of two layers', '>= 1')
     # Optimisation: AdamW, one learning-rate cycle over the run.
-    learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    learning_rate: float = hparam(0.003, 'peak', '>= 0')
     student_learning_rate: float = hparam(0.003, 'peak', '>= 0')
     warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
     weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
@@ -265,15 +265,9 @@ def make_trainers(settings, batches):
         trainer.Trainer(i, mach, learner, children[i], batches[i], settings)
         for i, (mach, learner) in enumerate(make_networks(settings))
     ]
-    for parent in trainers:
-        for child in children[parent.index]:
-            parent.connect(
-                child,
-                make_link(settings, trainers[child].mailbox,
-                          (parent.index, child)))
-            trainers[child].connect(
-                parent.index,
-                make_link(settings, parent.mailbox, (child, parent.index)))
+    edges = {(i, j) for i, of in enumerate(children) for j in of}
+    for i, j in sorted(edges | {(j, i) for i, j in edges}):
+        trainers[i].connect(j, make_link(settings, trainers[j].mailbox, (i, j)))
     return {f'mach {i}': trainer for i, trainer in enumerate(trainers)}
 
 

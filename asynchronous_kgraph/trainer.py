@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import random
+import statistics
 import time
 
 import link as links
@@ -33,7 +34,9 @@ class Inquiry:
         expires: when no answer is waited for any longer.
         spike: the Spike that it is relayed for; None for own rows.
         y: [B], labels to train on once it is answered; None if it is not to.
-        answers: child's index -> its Answer.
+        answers: child's index -> its Answer, of those that came in time.
+        missing: indices of the children that have not answered.
+        used: nobody waits any longer; an Answer is still a lesson.
     """
     key: tuple
     x: torch.Tensor
@@ -43,6 +46,12 @@ class Inquiry:
     spike: links.Spike | None = None
     y: torch.Tensor | None = None
     answers: dict = dataclasses.field(default_factory=dict)
+    missing: set = dataclasses.field(default_factory=set)
+    used: bool = False
+
+    def is_complete(self):
+        """Whether all that were asked have answered."""
+        return len(self.answers) == len(self.chosen)
 
 
 @dataclasses.dataclass
@@ -111,8 +120,7 @@ class Trainer:
         self._lessons = collections.deque()  # Inquiries, for the student
         self._answered = collections.deque()  # Inquiries, to train on
         self._dropped = 0
-        self._trip = None  # seconds from Spike to answer, smoothed
-        self._trip_deviation = 0.0
+        self._trips = {}  # child -> mean and deviation of its round trip, s
         seed = settings.seed * 1009 + index
         self._generator = torch.Generator().manual_seed(seed)
         self._random = random.Random(seed)
@@ -141,8 +149,7 @@ class Trainer:
             stopped: tells whether to give up waiting.
         """
         x, y, inquiry = self.open_step()
-        while (inquiry is not None and inquiry.key in self._inquiries and
-               not stopped()):
+        while inquiry is not None and not inquiry.used and not stopped():
             # A k-graph is all cycles: who waits must go on answering others.
             self.serve(min(0.1, max(0.0, inquiry.expires - self._clock())))
         self.close_step(x, y, inquiry)
@@ -178,7 +185,7 @@ class Trainer:
         x = torch.cat([block.x for block in own + served])  # [R, 784]
         y = torch.cat([block.y for block in own])  # [O], O <= R own rows
         with self._autocast():
-            joined = self._join(own + served)  # [R, E]
+            joined = self._join(own + served, x)  # [R, E]
             local = self.mach.local_part(x)  # [R, E]
             # Own rows alone have dropout. Parents' students would chase its
             # noise (25% relative error instead of 2.6%).
@@ -216,14 +223,15 @@ class Trainer:
             self._grads.clear()
             self._relayed.clear()
             self._answered.clear()
+            self._lessons.clear()
         blocks = [self._served(s.x, inquiry, s) for s, inquiry in self._spikes]
         self._spikes.clear()
         if blocks:
             with torch.no_grad(), self._autocast():
-                joined = self._join(blocks)
-                local = self.mach.local_part(
-                    torch.cat([block.x for block in blocks]))
-            self._answer(blocks, torch.relu(local + joined))
+                x = torch.cat([block.x for block in blocks])  # [R, 784]
+                embedding = torch.relu(
+                    self.mach.local_part(x) + self._join(blocks, x))
+            self._answer(blocks, embedding)
 
     # ------------------------------------------------------------- incoming
 
@@ -244,42 +252,66 @@ class Trainer:
                 self._keep(self._spikes, (message, None))
         now, patience = self._clock(), self._patience()
         for inquiry in list(self._inquiries.values()):
-            if inquiry.expires <= now or now - inquiry.asked > patience:
-                self._settle(inquiry)
+            if not inquiry.used and now - inquiry.asked > patience:
+                self._use(inquiry)
+            if self._is_over(inquiry, now):
+                self._close(inquiry)
         for key, inquiry in list(self._relayed.items()):
             if inquiry.expires <= now:  # its Grad was lost
                 del self._relayed[key]
 
     def _note_answer(self, answer):
-        self.seen[answer.sender] = max(answer.version,
-                                       self.seen.get(answer.sender, 0))
+        child = answer.sender
+        self.seen[child] = max(answer.version, self.seen.get(child, 0))
+        # The mean and the deviation of a round trip as TCP keeps them (RFC
+        # 6298), of late ones too: the answer brings back when it was asked for.
+        trip = self._clock() - answer.asked
+        mean, deviation = self._trips.get(child, (trip, trip / 2))
+        deviation += (abs(trip - mean) - deviation) / 4
+        self._trips[child] = mean + (trip - mean) / 8, deviation
         inquiry = self._inquiries.get(answer.key)
-        if inquiry is None:
-            return  # too late: the asker went on without it
-        inquiry.answers[answer.sender] = answer
-        trip = self._clock() - inquiry.asked
-        if self._trip is None:
-            self._trip, self._trip_deviation = trip, trip / 2
-        self._trip_deviation += (abs(trip - self._trip) -
-                                 self._trip_deviation) / 4
-        self._trip += (trip - self._trip) / 8
-        if len(inquiry.answers) == len(inquiry.chosen):
-            self._settle(inquiry)
+        if inquiry is None or child not in inquiry.missing:
+            return  # too late: it has been given up
+        inquiry.missing.remove(child)
+        if inquiry.used:  # too late to be an input, not to be a lesson
+            late = dataclasses.replace(inquiry, answers={child: answer})
+            self._keep(self._lessons, late)
+        else:
+            inquiry.answers[child] = answer
+        if not inquiry.missing:
+            self._close(inquiry)
 
     def _patience(self):
-        """After how many seconds an answer still missing must be lost.
+        """After how many seconds the usual child has answered or never will.
 
-        As TCP finds it from the round trips so far (RFC 6298), so that lessons
-        that a lost answer holds up are not held up for the whole deadline. Who
-        waits for real inputs waits to the deadline.
+        So that one lost answer does not hold up the lessons of all others to
+        the deadline, and one slow child never does. Who is to have real inputs
+        waits to the deadline.
         """
-        if self._trip is None or self.settings.inputs == 'real':
+        if not self._trips or self.settings.inputs == 'real':
             return math.inf
-        return self._trip + 4 * self._trip_deviation
+        return statistics.median_low(
+            [mean + 4 * deviation for mean, deviation in self._trips.values()])
 
-    def _settle(self, inquiry):
-        """No more answers are waited for; what has come is put to use."""
+    def _is_over(self, inquiry, now):
+        """Whether no answer is expected any more, be it for a lesson."""
+        if now < inquiry.expires:
+            return False
+        if inquiry.spike is not None or self.settings.inputs == 'real':
+            return True
+        trips = [self._trips.get(child, (0, 0)) for child in inquiry.missing]
+        return now - inquiry.asked > max(
+            mean + 4 * deviation for mean, deviation in trips)
+
+    def _close(self, inquiry):
+        """The end of an inquiry."""
         del self._inquiries[inquiry.key]
+        if not inquiry.used:
+            self._use(inquiry)
+
+    def _use(self, inquiry):
+        """What has come is put to use; nobody waits for more."""
+        inquiry.used = True
         if inquiry.answers:
             self._keep(self._lessons, inquiry)
             if inquiry.y is not None:
@@ -288,8 +320,8 @@ class Trainer:
             self._keep(self._spikes, (inquiry.spike, inquiry))
             if self.settings.inputs != 'synthetic':
                 # Its Grad is to find the inputs that the answer was made from.
-                inquiry.expires = self._deadline(inquiry.spike.depth)
-                self._relayed[inquiry.spike.key] = inquiry
+                self._relayed[inquiry.spike.key] = dataclasses.replace(
+                    inquiry, expires=self._deadline(inquiry.spike.depth))
                 if len(self._relayed) > self.settings.mailbox:
                     self._relayed.popitem(last=False)
 
@@ -332,15 +364,22 @@ class Trainer:
             y: [B], to train on x once it is answered; None not to.
         """
         self._keys += 1
-        inquiry = Inquiry((self.index, self._keys), x, chosen, self._clock(),
-                          self._deadline(depth), spike, y)
+        children = [self.children[position] for position in chosen]
+        inquiry = Inquiry((self.index, self._keys),
+                          x,
+                          chosen,
+                          self._clock(),
+                          self._deadline(depth),
+                          spike,
+                          y,
+                          missing=set(children))
         self._inquiries[inquiry.key] = inquiry
         if len(self._inquiries) > self.settings.mailbox:
             self._dropped += 1
-            self._settle(next(iter(self._inquiries.values())))
-        for position in chosen:
-            self.links[self.children[position]].send(
-                links.Spike(inquiry.key, self.index, x, depth))
+            self._close(next(iter(self._inquiries.values())))
+        for child in children:
+            self.links[child].send(
+                links.Spike(inquiry.key, self.index, x, depth, inquiry.asked))
         return inquiry
 
     def _answer(self, served, embedding):
@@ -351,21 +390,25 @@ class Trainer:
             if block.spike is not None:
                 self.links[block.spike.sender].send(
                     links.Answer(block.spike.key, self.index,
-                                 embedding[first:last], self.steps_taken))
+                                 embedding[first:last], self.steps_taken,
+                                 block.spike.asked))
             first = last
 
     def _tell_children(self, own, served):
         """Sends Spikes about new rows, and Grads as far as there is depth left.
 
-        Of new rows those go whose gradients are the largest (`share`). The
-        others would cost the children as much and teach them little.
+        Those rows go whose gradients are the largest (`share`). The others would
+        cost the children as much and teach them little. With `both`, children
+        have had their Grads about rows that are trained on again with answers.
         """
         settings = self.settings
         for block in own:
             x, y, inquiry = block.x, block.y, block.inquiry
-            grads = block.gradient() * settings.grad_weight  # [B, n, E]
-            if settings.inputs == 'late' and inquiry is None:
+            if inquiry is None and settings.inputs == 'late' and settings.depth:
                 continue  # has been asked about; its Grads are to be real ones
+            if inquiry is not None and settings.inputs == 'both':
+                continue
+            grads = block.gradient() * settings.grad_weight  # [B, n, E]
             if settings.share < 1 and (inquiry is None or
                                        settings.inputs == 'late'):
                 rows = math.ceil(settings.share * len(x))
@@ -374,14 +417,12 @@ class Trainer:
                 if inquiry is not None:  # the Spikes were about more rows
                     inquiry = dataclasses.replace(inquiry, key=None)
             if inquiry is None:
-                if settings.inputs == 'synthetic' or settings.depth == 0:
+                if settings.inputs != 'both' or settings.depth == 0:
                     y = None
                 inquiry = self._ask(x,
                                     max(0, settings.depth - 1),
                                     block.chosen,
                                     y=y)
-                if y is not None:
-                    continue  # its Grads follow when it has been answered
             if settings.depth > 0:
                 self._send_grads(inquiry, x, grads, settings.depth - 1)
         for block in served:
@@ -439,56 +480,55 @@ class Trainer:
         chosen = self._chosen if inquiry is None else inquiry.chosen
         return Block(x, chosen, inquiry=inquiry, spike=spike)
 
-    def _join(self, blocks):
+    def _join(self, blocks, x):
         """What the children's inputs add to the rows of all blocks, [R, E].
 
         Synthetic ones, and real ones where answers have come. Inputs are leaves
         that require grad: the gradient ends there, and travels on as Grads. No
         graph leads into the student.
+
+        Args:
+            blocks: of which x [R, 784] has the rows.
         """
         if not self.children:
             return 0.0
-        joined = []
+        joined, start = [], 0
         for chosen, run in itertools.groupby(blocks, lambda b: b.chosen):
             run, first = list(run), 0
-            with torch.no_grad():
-                leaf = self._make_inputs(run, chosen)  # [., n, E]
             for block in run:
-                last = first + len(block.x)
-                block.leaf, block.rows = leaf, slice(first, last)
-                first = last
-            leaf.requires_grad_()
+                block.rows = slice(first, first + len(block.x))
+                first += len(block.x)
+            with torch.no_grad():
+                leaf = self._make_inputs(run, x[start:start + first], chosen)
+            start += first
+            leaf.requires_grad_()  # [., n, E]
+            for block in run:
+                block.leaf = leaf
             joined.append(self.mach.joined_part(leaf, chosen))
         return joined[0] if len(joined) == 1 else torch.cat(joined)
 
-    def _make_inputs(self, blocks, chosen):
-        """Inputs [R, n, E] of the chosen children for the rows of all blocks."""
-        children = [self.children[position] for position in chosen]
-        answers = [b.inquiry.answers if b.inquiry else {} for b in blocks]
+    def _make_inputs(self, blocks, x, chosen):
+        """Inputs [R, n, E] of the chosen children for the rows x [R, 784]."""
+        real = [block for block in blocks if block.inquiry]
+        if not real:
+            return self.student(x, chosen)
         lacking = [
-            block.x
-            for block, known in zip(blocks, answers)
-            if len(known) < len(chosen)
+            block for block in blocks
+            if not block.inquiry or not block.inquiry.is_complete()
         ]
+        inputs = x.new_empty(len(x), len(chosen), self.settings.embedding)
         if lacking:
-            synthetic = self.student(torch.cat(lacking), chosen)
-            if not any(answers):
-                return synthetic
-        parts, first = [], 0
-        for block, known in zip(blocks, answers):
-            if len(known) == len(chosen):
-                parts += [
-                    torch.stack([known[child].embedding for child in children],
-                                1)
-                ]
-                continue
-            last = first + len(block.x)
-            parts.append(synthetic[first:last])
-            for i, child in enumerate(children):
-                if child in known:
-                    parts[-1][:, i] = known[child].embedding
-            first = last
-        return torch.cat(parts)
+            synthetic = self.student(torch.cat([block.x for block in lacking]),
+                                     chosen)
+            parts = synthetic.split([len(block.x) for block in lacking])
+            for block, part in zip(lacking, parts):
+                inputs[block.rows] = part
+        for block in real:
+            for i, position in enumerate(chosen):
+                answer = block.inquiry.answers.get(self.children[position])
+                if answer is not None:
+                    inputs[block.rows, i] = answer.embedding
+        return inputs
 
     def _apply(self, loss, served, embedding):
         """Backpropagates the loss and all Grads at once; takes one step."""
@@ -522,17 +562,7 @@ class Trainer:
         loss = 0.0
         for chosen, lessons in groups.items():
             x = torch.cat([lesson.x for lesson in lessons])  # [B, 784]
-            real = x.new_zeros(len(x), len(chosen), self.settings.embedding)
-            answered = x.new_zeros(len(x), len(chosen))
-            first = 0
-            for lesson in lessons:
-                last = first + len(lesson.x)
-                for i, position in enumerate(chosen):
-                    answer = lesson.answers.get(self.children[position])
-                    if answer is not None:
-                        real[first:last, i] = answer.embedding
-                        answered[first:last, i] = 1
-                first = last
+            real, answered = self._lesson(lessons, x, chosen)
             with self._autocast():
                 loss = loss + students.synthetic_loss(self.student(
                     x, chosen), real, answered) * (len(x) / total)
@@ -540,6 +570,32 @@ class Trainer:
         loss.backward()
         self._student_optimiser.step()
         self._window.update(lessons=1, synthetic_loss=loss.item())
+
+    def _lesson(self, lessons, x, chosen):
+        """What the chosen children said of x [B, 784].
+
+        Returns:
+            Embeddings [B, n, E]; 1 where there are any and 0 elsewhere [B, n],
+            None where there are all.
+        """
+        children = [self.children[position] for position in chosen]
+        if all(lesson.is_complete() for lesson in lessons):
+            return torch.stack([
+                torch.cat([lesson.answers[c].embedding
+                           for lesson in lessons])
+                for c in children
+            ], 1), None
+        real = x.new_zeros(len(x), len(chosen), self.settings.embedding)
+        answered = x.new_zeros(len(x), len(chosen))
+        first = 0
+        for lesson in lessons:
+            last = first + len(lesson.x)
+            for i, child in enumerate(children):
+                if child in lesson.answers:
+                    real[first:last, i] = lesson.answers[child].embedding
+                    answered[first:last, i] = 1
+            first = last
+        return real, answered
 
     def _dropout_mask(self, local, rows):
         """A factor for local [R, E]: 0 or 1 / (1 - p) in own rows, 1 below."""

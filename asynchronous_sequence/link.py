@@ -27,11 +27,13 @@ class Spike:
         x: [B, 784], normalised images.
         depth: how many edges further the query may travel; at 0 the receiver
             answers on its synthetic inputs.
+        asked: when, by the sender's clock; the answer carries it back.
     """
     key: tuple
     sender: int
     x: torch.Tensor
     depth: int
+    asked: float = 0.0
 
     def is_finite(self):
         """False if it carries a NaN or an infinity."""
@@ -47,11 +49,13 @@ class Answer:
         sender: index of the MACH that answers.
         embedding: [B, E], d(x), free of dropout and detached.
         version: training steps the sender had taken when it computed it.
+        asked: that of the Spike.
     """
     key: tuple
     sender: int
     embedding: torch.Tensor
     version: int
+    asked: float = 0.0
 
     def is_finite(self):
         """False if it carries a NaN or an infinity."""

@@ -263,15 +263,9 @@ def make_trainers(settings, batches):
         trainer.Trainer(i, mach, learner, children[i], batches[i], settings)
         for i, (mach, learner) in enumerate(make_networks(settings))
     ]
-    for parent in trainers:
-        for child in children[parent.index]:
-            parent.connect(
-                child,
-                make_link(settings, trainers[child].mailbox,
-                          (parent.index, child)))
-            trainers[child].connect(
-                parent.index,
-                make_link(settings, parent.mailbox, (child, parent.index)))
+    edges = {(i, j) for i, of in enumerate(children) for j in of}
+    for i, j in sorted(edges | {(j, i) for i, j in edges}):
+        trainers[i].connect(j, make_link(settings, trainers[j].mailbox, (i, j)))
     return {f'mach {i}': trainer for i, trainer in enumerate(trainers)}
 
 

@@ -119,7 +119,7 @@ def held(trainer):
     for name, value in vars(trainer).items():
         if (hasattr(value, '__len__') and
                 name not in ('links', 'children', 'seen', '_window', '_chosen',
-                             'mach', 'student')):
+                             '_trips', 'mach', 'student')):
             sizes[name] = len(value)
     return sizes
 
