@@ -459,8 +459,10 @@ class Run:
                  **found[i],
                  steps=worker.trainer.steps_taken,
                  rate=worker.rate,
-                 **counts,
-                 seconds=worker.watch.seconds)
+                 staleness=math.nan,
+                 staleness_max=0,
+                 dropped=0,
+                 seconds=worker.watch.seconds) | counts  # new keys go last
             for worker in self.workers
             for i, counts in worker.trainer.staleness().items()
             if i in found

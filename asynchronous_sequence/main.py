@@ -64,8 +64,8 @@ class Hyperparameters:
                          'in disjoint full')
     # Run.
     seed: int = hparam(0, 'of weights, shards, shuffles', '>= 0', '< 1e9')
-    steps: int = hparam(4000, 'training steps of each MACH', '>= 1')
-    batch_size: int = hparam(64, 'own images in a step', '>= 1')
+    steps: int = hparam(2500, 'training steps of each MACH', '>= 1')
+    batch_size: int = hparam(128, 'own images in a step', '>= 1')
     log_every: int = hparam(200, 'steps', '>= 1')
     evaluate_every: int = hparam(1000, 'steps, 0 for never', '>= 0')
     device: str = hparam('cpu', 'cpu, cuda or cuda:N')
@@ -76,8 +76,7 @@ class Hyperparameters:
     depth: int = hparam(2, 'edges that Spikes and Grads travel', '>= 0')
     neighbours: int = hparam(0, 'children asked in a step, 0 for all', '>= 0',
                              '< k')
-    inputs: str = hparam('synthetic', 'in training',
-                         'in synthetic real late both')
+    inputs: str = hparam('both', 'in training', 'in synthetic real late both')
     deadline: float = hparam(1.0, 'seconds, for answers and Grads', '> 0')
     mailbox: int = hparam(256, 'messages; when full the oldest goes', '>= 1')
     share: float = hparam(0.25, 'of own rows sent: largest Grads', '> 0',
@@ -93,9 +92,9 @@ class Hyperparameters:
     # Networks.
     embedding: int = hparam(64, 'units that a MACH answers with', '>= 1')
     hidden: int = hparam(512, 'units, then half as many', '>= 2')
-    student_hidden: int = hparam(256, 'units in each of two layers', '>= 1')
+    student_hidden: int = hparam(128, 'units in each of two layers', '>= 1')
     # Optimisation: AdamW, one learning-rate cycle over the run.
-    learning_rate: float = hparam(0.002, 'peak', '>= 0')
+    learning_rate: float = hparam(0.003, 'peak', '>= 0')
     student_learning_rate: float = hparam(0.003, 'peak', '>= 0')
     warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
     weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
@@ -457,8 +456,10 @@ class Run:
                  **found[i],
                  steps=worker.trainer.steps_taken,
                  rate=worker.rate,
-                 **counts,
-                 seconds=worker.watch.seconds)
+                 staleness=math.nan,
+                 staleness_max=0,
+                 dropped=0,
+                 seconds=worker.watch.seconds) | counts  # new keys go last
             for worker in self.workers
             for i, counts in worker.trainer.staleness().items()
             if i in found

@@ -1467,10 +1467,8 @@ def learn(folder, inputs, delays, steps=60):
                 coming.append((clock.now + delay,
                                link.Answer(spike.key, child, told, 0,
                                            spike.asked)))
-    return [
-        (h.weight - b).norm().item()
-        for h, b in zip(trainer.student.heads, before)
-    ]
+    return [(h.weight - b).norm().item()
+            for h, b in zip(trainer.student.heads, before)]
 
 
 @asynchronous
