@@ -204,10 +204,11 @@ def load_data(settings):
                         settings.strict_data)
     shards = data.make_shards(dataset.train_labels, settings.k, settings.shards,
                               settings.seed)
+    images = data.normalise(dataset.train_images)  # once, for all MACHs
     return dataset, [
-        data.Batches(dataset.train_images, dataset.train_labels, shard,
-                     settings.batch_size, settings.seed * 1009 + i,
-                     settings.device) for i, shard in enumerate(shards)
+        data.Batches(images, dataset.train_labels, shard, settings.batch_size,
+                     settings.seed * 1009 + i, settings.device)
+        for i, shard in enumerate(shards)
     ]
 
 

@@ -151,7 +151,9 @@ class Batches:
     """
 
     def __init__(self, images, labels, indices, batch_size, seed, device='cpu'):
-        """Images uint8 [N, 784], labels int64 [N], indices int64 [n].
+        """Images [N, 784], labels int64 [N], indices int64 [n].
+
+        Images are uint8, or have been normalised: once for several of these.
 
         Raises:
           DataError: batch_size is not in 1 .. n.
@@ -159,6 +161,8 @@ class Batches:
         if not 1 <= batch_size <= len(indices):
             raise DataError(f'batch_size {batch_size} does not fit a shard of '
                             f'{len(indices)} images: 1 to {len(indices)} does')
+        if images.dtype is torch.uint8:
+            images = normalise(images)
         self._images = images.to(device)
         self._labels = labels.to(device)
         self._indices = indices
@@ -178,7 +182,8 @@ class Batches:
             self._queue = torch.cat([self._queue, self._indices[order]])
         rows = self._queue[:self._size].to(self._images.device)
         self._queue = self._queue[self._size:]
-        return normalise(self._images[rows]), self._labels[rows]
+        return (self._images.index_select(0, rows),
+                self._labels.index_select(0, rows))
 
 
 def _shuffled_by_class(labels, seed):

@@ -193,10 +193,11 @@ def load_data(settings):
                               settings.seed)
     if settings.shards == 'full':  # in lockstep one batch serves all
         shards = shards[:1]
+    images = data.normalise(dataset.train_images)  # once, for all MACHs
     return dataset, [
-        data.Batches(dataset.train_images, dataset.train_labels, shard,
-                     settings.batch_size, settings.seed * 1009 + i,
-                     settings.device) for i, shard in enumerate(shards)
+        data.Batches(images, dataset.train_labels, shard, settings.batch_size,
+                     settings.seed * 1009 + i, settings.device)
+        for i, shard in enumerate(shards)
     ]
 
 

@@ -46,6 +46,7 @@ class Network:
     """
 
     def __init__(self, folder, dataset, stopped=(), **overrides):
+        torch.set_num_threads(CORES)  # as in a process of its own
         self.main = conftest.load_main(ROOT / folder)
         values = dict(steps=ENDLESS, log_every=ENDLESS, precision='fp32')
         self.settings = self.main.Hyperparameters(**{**values, **overrides})
