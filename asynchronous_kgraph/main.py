@@ -84,6 +84,7 @@ class Hyperparameters:
     share: float = hparam(0.25, 'of own rows sent: largest Grads', '> 0',
                           '<= 1')
     grad_weight: float = hparam(4.0, 'factor on the Grads it sends', '>= 0')
+    stale_after: float = hparam(2.0, 'steps; staler Grads weigh less', '> 0')
     # Conditions: what links and MACHs are made to suffer.
     latency: float = hparam(0.0, 'seconds on an edge, each way', '>= 0')
     jitter: float = hparam(0.0, 'seconds more at most, at random', '>= 0')

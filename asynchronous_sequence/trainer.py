@@ -536,18 +536,27 @@ class Trainer:
             gradients.append(
                 torch.cat([
                     torch.zeros_like(embedding[:len(block.x)])
-                    if block.grad is None else block.grad.gradient
+                    if block.grad is None else self._weigh(block.grad)
                     for block in served
                 ]))  # [R - O, E]
             roots.append(embedding)
         torch.autograd.backward(roots, gradients)
         self._own_optimiser.step()
-        for block in served:
-            if block.grad is not None:
-                staleness = self.steps_taken - block.grad.version
-                self._staleness_total += staleness
-                self._staleness_max = max(self._staleness_max, staleness)
-                self._grads_applied += 1
+
+    def _weigh(self, grad):
+        """A Grad's gradient [B, E]; the staler it is, the less it weighs.
+
+        In inverse proportion, from `stale_after` steps on (Zhang et al. 2016,
+        arXiv 1511.05950, section 3.2): fresh ones weigh much, and would make the
+        loop of MACHs unstable if they came late.
+        """
+        staleness = self.steps_taken - grad.version
+        self._staleness_total += staleness
+        self._staleness_max = max(self._staleness_max, staleness)
+        self._grads_applied += 1
+        if staleness <= self.settings.stale_after:
+            return grad.gradient
+        return grad.gradient * (self.settings.stale_after / staleness)
 
     def _teach(self):
         """Trains the student on the answers that have come."""

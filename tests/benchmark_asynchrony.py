@@ -207,7 +207,7 @@ def latency(bench):
     worst = 1e9
     for folder, k in ((SEQUENCE, 2), (SEQUENCE, 4), (SEQUENCE, 8), (KGRAPH, 3),
                       (KGRAPH, 5)):
-        for inputs, warm_up, window in (('synthetic', 4, 8), ('real', 3, 10)):
+        for inputs, warm_up, window in (('synthetic', 3, 7), ('real', 2, 8)):
             networks = [
                 Network(folder,
                         bench.dataset,
@@ -267,7 +267,7 @@ def run_experiment(folder, *words):
     return metrics.parse_log(found.stdout)
 
 
-def accuracy(bench, steps=300, seeds=(0, 1)):
+def accuracy(bench, steps=500, seeds=(0, 1)):
     """Accuracy against latency and loss, at the same number of steps."""
     conditions = {
         'none': (),

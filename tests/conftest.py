@@ -76,6 +76,7 @@ def make_settings(**overrides):
                   deadline=1e9,
                   mailbox=64,
                   neighbours=0,
+                  stale_after=1e9,
                   latency=0.0,
                   jitter=0.0,
                   share=1.0,
