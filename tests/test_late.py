@@ -1521,3 +1521,36 @@ def test_one_link_for_an_edge():
     finally:
         main.make_link = make_link
     assert len(made) == len(set(made)) == 6
+
+
+# ---------------------------------------------- 12. stale Grads weigh less
+
+
+@asynchronous
+@pytest.mark.parametrize('version, weight', [(6, 1.0), (4, 1.0), (3, 2 / 3),
+                                             (1, 2 / 5)])
+def test_a_grad_weighs_less_the_staler_it_is(folder, version, weight, still):
+    """In inverse proportion, from `stale_after` steps on."""
+    link = conftest.load(folder).link
+    settings = conftest.make_settings(stale_after=2.0)
+    x = invariants.random_x(settings, 1, 3)
+    pull = invariants.random_embedding(settings, 2, 3)
+    machs = []
+    for told in (True, False):
+        trainer, _ = invariants.make_lone(folder, settings)
+        for _ in range(6):
+            trainer.step()
+        if told:
+            trainer.mailbox.put(link.Grad((9, 1), 9, x, pull, version, 0))
+        trainer.step()
+        machs.append(trainer.mach)
+        if told:
+            counts = trainer.staleness()[trainer.index]
+            assert counts['staleness_max'] == 6 - version
+            output = trainer.mach(x, trainer.student(x).detach())
+            expected = conftest.gradients(output, [trainer.mach], weight * pull)
+    extra = [
+        one - two for one, two in zip(conftest.grads_of(machs[0]),
+                                      conftest.grads_of(machs[1]))
+    ]
+    conftest.assert_close(extra, expected)
