@@ -207,8 +207,7 @@ class Trainer:
             self._tell_children(own, served)
         self._teach()
         self.steps_taken += 1
-        self._window.update(steps=1,
-                            images=len(y),
+        self._window.update(images=len(y),
                             batches=len(y) / self.settings.batch_size,
                             loss=loss.item(),
                             correct=(logits.argmax(1) == y).sum().item())
@@ -548,7 +547,7 @@ class Trainer:
         """A Grad's gradient [B, E]; the staler it is, the less it weighs.
 
         In inverse proportion, from `stale_after` steps on (Zhang et al. 2016,
-        arXiv 1511.05950, section 3.2): fresh ones weigh much, and would make the
+        arXiv 1511.05950): fresh ones weigh much, and would make the
         loop of MACHs unstable if they came late.
         """
         staleness = self.steps_taken - grad.version
