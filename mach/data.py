@@ -1,47 +1,41 @@
 """MNIST, or digits drawn here where MNIST cannot be had, as uint8 in memory.
 
-`load` gives a `Dataset`, `make_shards` deals its training set to k MACHs, and
-one `Batches` per MACH gives that MACH's mini-batches. No function here touches
-a global random generator.
+`load` gives a `Dataset`, `deal` the endless mini-batches of each of k MACHs.
+No function here touches a global random generator.
 """
 
 import contextlib
 import dataclasses
-import io
+import gzip
+import hashlib
 import os
-import shutil
+import pathlib
 import socket
+import stat
 import sys
 import tempfile
 import threading
-import time
+import zlib
 
 import torch
 from torch.nn import functional
 from torchvision import datasets
-from torchvision.datasets import utils
 
 CLASSES = 10
 SIDE = 28  # pixels; an image is SIDE * SIDE = 784 of them, row by row
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, in 0..1
-MIRROR = 'https://ossci-datasets.s3.amazonaws.com/mnist/'
-
-# torchvision checks what it downloads and then trusts what it has unpacked, so
-# a disk fault or a killed run goes unseen: these are the unpacked files' sums.
-UNPACKED_MD5 = {
-    'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
-    'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
-    't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
-    't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637',
+# Bytes and MD5 sum of each file once unpacked. torchvision checks what it
+# downloads, but not what it has unpacked: a disk fault would go unseen.
+FILES = {
+    'train-images-idx3-ubyte': (47040016, '6bbc9ace898e44ae57da46a324031adb'),
+    'train-labels-idx1-ubyte': (60008, 'a25bea736e30d166cdddb491f175f624'),
+    't10k-images-idx3-ubyte': (7840016, '2646ac647ad5339dbf082846283269ea'),
+    't10k-labels-idx1-ubyte': (10008, '27ae3e4e09519cfbb04c329615203637'),
 }
 
 
 class DataError(Exception):
     """What is wrong with the data or its settings: one line, for the user."""
-
-
-class _Unavailable(Exception):
-    """MNIST is not in the folder and cannot be fetched; one line says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +55,7 @@ def load(folder='data', validation=5000, strict=False, deadline=120.0):
 
     Files lie in `folder`/MNIST/raw, as torchvision has them. The four `.gz`
     are enough, even in a folder that cannot be written. A damaged file is
-    named on stderr, moved aside to `.corrupt` and replaced.
+    named on stderr and, once there is another, moved aside to `.corrupt`.
 
     Args:
       folder: path; created if MNIST can be fetched.
@@ -78,26 +72,154 @@ def load(folder='data', validation=5000, strict=False, deadline=120.0):
       DataError: `folder` is not a usable folder, or `validation` leaves some
         class without training images, or `strict` and no MNIST.
     """
-    if not deadline > 0:
+    if not 0 < deadline <= threading.TIMEOUT_MAX:
         raise DataError(f'the deadline must be above 0 s, not {deadline}')
+    raw = pathlib.Path(folder, 'MNIST', 'raw')
     name = 'MNIST'
     try:
-        parts = _read_mnist(folder, time.monotonic() + deadline)
-    except _Unavailable as error:
-        files = ', '.join(f'{plain}.gz' for plain in UNPACKED_MD5)
-        message = (f'MNIST cannot be had: {error}. To fix it, put {files} '
-                   f'(from {MIRROR}) in {_raw(folder)}')
+        images, labels, test_images, test_labels = _read_mnist(raw, deadline)
+    except ConnectionError as error:
+        message = (f'MNIST cannot be had: {error}. To fix it, put '
+                   f'{".gz, ".join(FILES)}.gz (from '
+                   f'{datasets.MNIST.mirrors[0]}) in {raw}')
         if strict:
             raise DataError(message) from error
         print(
             f'warning: {message}. Drawn digits take its place: expect other '
             'accuracies.',
             file=sys.stderr)
-        name, parts = 'drawn-digits', draw_digits()
-    images, labels, test_images, test_labels = parts
-    held = _held_out(labels, validation)
+        name = 'drawn-digits'
+        images, labels, test_images, test_labels = draw_digits()
+    except OSError as error:
+        raise DataError(f'cannot use the data folder {folder}: '
+                        f'{error.strerror} ({error.filename})') from error
+    by_class = _shuffle_by_class(labels, seed=0)  # the same for every run
+    most = CLASSES * (min(map(len, by_class)) - 1)
+    if not 0 <= validation <= most:
+        raise DataError(f'the validation set can have 0 to {most} of the '
+                        f'{len(labels)} training images, not {validation}')
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    each, over = divmod(validation, CLASSES)
+    for c, members in enumerate(by_class):
+        held[members[:each + (c < over)]] = True
     return Dataset(name, images[~held], labels[~held], images[held],
                    labels[held], test_images, test_labels)
+
+
+def _read_mnist(raw, deadline):
+    """Images uint8 [N, 784] and labels int64 [N] of both sets: four tensors.
+
+    Raises:
+      ConnectionError: a file has to be fetched and cannot be.
+      OSError: the folder `raw` can be neither read nor created.
+    """
+    created = [path for path in (raw, *raw.parents) if not path.exists()]
+    damaged = []
+    contents = _read(raw, FILES, '', damaged)
+    new = _read(raw, FILES.keys() - contents.keys(), '.gz', damaged)
+    missing = FILES.keys() - contents.keys() - new.keys()
+    try:
+        if missing:
+            # That this cannot be is better said before a download than after.
+            raw.parent.parent.mkdir(parents=True, exist_ok=True)
+            new |= _fetch(missing, deadline)
+        if new:
+            with contextlib.suppress(OSError):  # a folder only to be read
+                _save(raw, new, damaged)
+    finally:
+        for path in created:  # deepest first; those in use by now stay
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    contents |= new
+    images, labels, test_images, test_labels = (torch.frombuffer(
+        bytearray(contents[name]), dtype=torch.uint8) for name in FILES)
+    # After the headers, which the sums have checked with all the rest.
+    return (images[16:].view(-1, SIDE * SIDE), labels[8:].long(),
+            test_images[16:].view(-1, SIDE * SIDE), test_labels[8:].long())
+
+
+def _read(folder, names, suffix, damaged):
+    """{name: bytes} of the right ones of `names`; `suffix` is '' or '.gz'.
+
+    The paths of wrong ones are named on stderr and go to the list `damaged`.
+    """
+    contents = {}
+    for name in names:
+        path, (size, md5) = folder / (name + suffix), FILES[name]
+        content = b''
+        try:
+            if stat.S_ISREG(path.stat().st_mode):  # to open a fifo may hang
+                with (gzip.open if suffix else open)(path, 'rb') as file:
+                    content = file.read(size + 1)  # it may unpack to anything
+        except FileNotFoundError:
+            continue
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            pass
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+            contents[name] = content
+        else:
+            damaged.append(path)
+            print(
+                f'warning: {path} is damaged (MD5 sum) or no regular file: '
+                'not used',
+                file=sys.stderr)
+    return contents
+
+
+def _save(folder, contents, damaged):
+    """Puts files into `folder` whole, moving the `damaged` out of the way.
+
+    A run that is killed, or another that starts now, never meets half a file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.mnist-', dir=folder) as staging:
+        for name, content in contents.items():
+            pathlib.Path(staging, name).write_bytes(content)
+        for path in damaged:
+            path.replace(f'{path}.corrupt')
+            print(f'warning: {path} moved to {path}.corrupt', file=sys.stderr)
+        for name in contents:
+            pathlib.Path(staging, name).replace(folder / name)
+
+
+def _fetch(names, seconds):
+    """{name: unpacked bytes} of `names`; ConnectionError after `seconds`."""
+    fetcher = datasets.MNIST.__new__(datasets.MNIST)  # its __init__ would read
+    fetcher.mirrors = list(datasets.MNIST.mirrors)
+    fetcher.resources = [(gz, md5)
+                         for gz, md5 in datasets.MNIST.resources
+                         if gz.removesuffix('.gz') in names]
+    errors = []
+
+    def work():
+        try:
+            fetcher.download()
+        except Exception as error:  # of any library under torchvision
+            errors.append(error)
+
+    # torchvision waits without limit. The sockets' limit lets every mirror
+    # have its turn; the thread's holds where a socket's does not (names being
+    # resolved, a trickle of bytes).
+    thread = threading.Thread(target=work, daemon=True)
+    before = socket.getdefaulttimeout()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as staging:
+        fetcher.root = staging
+        socket.setdefaulttimeout(min(seconds / 4, 15))
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is the log
+                thread.start()
+                thread.join(seconds)
+        finally:
+            fetcher.mirrors.clear()  # so that the present one is the last
+            socket.setdefaulttimeout(before)
+        if thread.is_alive():
+            raise ConnectionError(f'no answer within {seconds:.3g} s')
+        if errors:
+            raise ConnectionError(' '.join(str(errors[0]).split()))
+        contents = _read(pathlib.Path(fetcher.raw_folder), names, '', [])
+    if contents.keys() != names:
+        raise ConnectionError('what was fetched is wrong')
+    return contents
 
 
 def normalise(images):
@@ -106,6 +228,23 @@ def normalise(images):
     return torch.add(torch.tensor(-MEAN / DEVIATION),
                      images,
                      alpha=1 / (255 * DEVIATION))
+
+
+def deal(dataset, k, shards, batch_size, seed, device='cpu'):
+    """Gives k Batches of a Dataset's training set, one for each MACH.
+
+    `make_shards` says what `k` and `shards` mean. MACH i's order of images is
+    drawn by `seed` * 1009 + i.
+
+    Raises:
+      DataError: as make_shards and Batches.
+    """
+    images = dataset.train_images.to(device)  # one copy for all
+    labels = dataset.train_labels
+    return [
+        Batches(images, labels, indices, batch_size, seed * 1009 + i, device)
+        for i, indices in enumerate(make_shards(labels, k, shards, seed))
+    ]
 
 
 def make_shards(labels, k, kind='disjoint', seed=0):
@@ -131,15 +270,23 @@ def make_shards(labels, k, kind='disjoint', seed=0):
         return [torch.arange(len(labels))] * k
     if kind != 'disjoint':
         raise DataError(f"shards are 'disjoint' or 'full', not {kind!r}")
-    by_class = _shuffled_by_class(labels, seed)
-    largest = min(len(members) for members in by_class)
-    if k > largest:
+    by_class = _shuffle_by_class(labels, seed)
+    most = min(map(len, by_class))
+    if k > most:
         raise DataError(f'{k} disjoint shards cannot each have every class: '
-                        f'{largest} is the largest number possible')
+                        f'{most} is the largest number possible')
     # Dealing on from class to class, without going back to shard 0 for each,
     # keeps the sizes within 1 of each other.
     deck = torch.cat(by_class)
     return [deck[shard::k].sort().values for shard in range(k)]
+
+
+def _shuffle_by_class(labels, seed):
+    """For each class in `labels` [N], its indices in an order drawn by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    mixed = labels[order]
+    return [order[mixed == c] for c in range(CLASSES)]
 
 
 class Batches:
@@ -151,9 +298,7 @@ class Batches:
     """
 
     def __init__(self, images, labels, indices, batch_size, seed, device='cpu'):
-        """Images [N, 784], labels int64 [N], indices int64 [n].
-
-        Images are uint8, or have been normalised: once for several of these.
+        """Images uint8 [N, 784], labels int64 [N], the shard's indices [n].
 
         Raises:
           DataError: batch_size is not in 1 .. n.
@@ -161,187 +306,25 @@ class Batches:
         if not 1 <= batch_size <= len(indices):
             raise DataError(f'batch_size {batch_size} does not fit a shard of '
                             f'{len(indices)} images: 1 to {len(indices)} does')
-        if images.dtype is torch.uint8:
-            images = normalise(images)
-        self._images = images.to(device)
-        self._labels = labels.to(device)
-        self._indices = indices
-        self._size = batch_size
+        self._images, self._labels = images.to(device), labels.to(device)
+        self._indices, self._size = indices, batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._queue = indices[:0]  # what is left of the epoch
 
     def next(self):
         """Gives x float32 [batch_size, 784] and y int64 [batch_size].
 
-        Both are new memory at each call: they travel as messages, which must
-        not change under their reader.
+        x is normalised. Both are new memory at each call: they travel as
+        messages, which must not change under their reader.
         """
-        while len(self._queue) < self._size:
+        if len(self._queue) < self._size:
             order = torch.randperm(len(self._indices),
                                    generator=self._generator)
             self._queue = torch.cat([self._queue, self._indices[order]])
-        rows = self._queue[:self._size].to(self._images.device)
-        self._queue = self._queue[self._size:]
-        return (self._images.index_select(0, rows),
+        rows, self._queue = self._queue.tensor_split([self._size])
+        rows = rows.to(self._images.device)
+        return (normalise(self._images.index_select(0, rows)),
                 self._labels.index_select(0, rows))
-
-
-def _shuffled_by_class(labels, seed):
-    """For each class in `labels` [N], its indices in an order drawn by seed."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    mixed = labels[order]
-    return [order[mixed == c] for c in range(CLASSES)]
-
-
-def _held_out(labels, count):
-    """Bool [N]: True for the `count` validation images among `labels` [N]."""
-    by_class = _shuffled_by_class(labels, seed=0)  # the same for every run
-    largest = CLASSES * (min(len(members) for members in by_class) - 1)
-    if not 0 <= count <= largest:
-        raise DataError(f'the validation set can have 0 to {largest} of the '
-                        f'{len(labels)} training images, not {count}')
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for c, members in enumerate(by_class):
-        held[members[:count // CLASSES + (c < count % CLASSES)]] = True
-    return held
-
-
-def _raw(folder):
-    return os.path.join(folder, 'MNIST', 'raw')
-
-
-class MNIST(datasets.MNIST):
-    """torchvision's, but fetching only what is missing, until it is stopped.
-
-    torchvision names the folder after the class, hence MNIST.
-    """
-    stopped = False
-
-    @property
-    def resources(self):
-        return [(name, md5)
-                for name, md5 in datasets.MNIST.resources
-                if not os.path.exists(os.path.join(self.raw_folder, name[:-3]))]
-
-    @property
-    def mirrors(self):
-        for mirror in datasets.MNIST.mirrors:
-            if self.stopped:
-                raise RuntimeError('stopped')
-            yield mirror
-
-    def _check_legacy_exist(self):
-        return False  # older torchvision's own files, which nothing checks
-
-
-def _tensors(root, kind):
-    """Images [N, 784] and labels [N] of both sets: four tensors."""
-    train, test = (kind(root, train=t, download=True) for t in (True, False))
-    return (train.data.flatten(1), train.targets, test.data.flatten(1),
-            test.targets)
-
-
-def _read_mnist(folder, end):
-    """Four tensors as `_tensors` gives, by the time `end` (monotonic, s)."""
-    created = []  # folders that are new, deepest first
-    path = os.path.abspath(folder)
-    while not os.path.exists(path):
-        created.append(path)
-        path = os.path.dirname(path)
-    try:
-        if created:
-            os.makedirs(folder, exist_ok=True)
-        return _read_or_fetch(folder, end)
-    except OSError as error:
-        raise DataError(f'cannot use the data folder {folder}: '
-                        f'{error.strerror} ({error.filename})') from error
-    finally:
-        with contextlib.suppress(OSError):  # ends at the first not empty
-            for path in created:
-                os.rmdir(path)
-
-
-def _read_or_fetch(folder, end):
-    raw = _raw(folder)
-    inside = [
-        p for p in (folder, os.path.dirname(raw), raw) if os.path.exists(p)
-    ]
-    for path in inside:
-        os.listdir(path)  # raises where it is no folder or cannot be read
-    writable = all(os.access(path, os.W_OK) for path in inside)
-    good = []
-    for name, md5 in datasets.MNIST.resources:
-        plain = name[:-3]
-        if _intact(os.path.join(raw, plain), UNPACKED_MD5[plain], writable):
-            good.append(plain)
-        elif _intact(os.path.join(raw, name), md5, writable):
-            good.append(name)
-    if set(good) == set(UNPACKED_MD5):
-        return _tensors(folder, MNIST)
-
-    # Unpacked and fetched elsewhere, then renamed into place whole: a run
-    # that is killed, or another that starts now, never meets half a file.
-    with tempfile.TemporaryDirectory(prefix='.mnist-',
-                                     dir=folder if writable else None,
-                                     ignore_cleanup_errors=True) as staging:
-        new = _raw(staging)
-        os.makedirs(new)
-        for name in good:
-            shutil.copy(os.path.join(raw, name), new)
-        tensors = _fetch(staging, end)
-        if writable:
-            os.makedirs(raw, exist_ok=True)
-            for name in os.listdir(new):
-                if name not in good:
-                    os.replace(os.path.join(new, name), os.path.join(raw, name))
-        return tensors
-
-
-def _intact(path, md5, writable):
-    """Whether `path` is there and right; if wrong, names it, moves it aside."""
-    if not os.path.exists(path):
-        return False
-    if utils.check_md5(path, md5):
-        return True
-    fate = 'ignored'
-    if writable:
-        fate = f'moved to {path}.corrupt'
-        os.replace(path, f'{path}.corrupt')
-    print(f'warning: {path} is damaged (MD5 sum), {fate}', file=sys.stderr)
-    return False
-
-
-def _fetch(root, end):
-    """Four tensors from `root`, where torchvision unpacks and downloads."""
-    kind = type('MNIST', (MNIST,), {})  # a `stopped` of its own
-    outcome = []
-
-    def work():
-        try:
-            outcome.append(_tensors(root, kind))
-        except Exception as error:  # of any library under torchvision
-            outcome.append(error)
-
-    # torchvision waits without limit. The sockets' limit lets every mirror
-    # have its turn; the thread's holds where a socket's does not (names being
-    # resolved, a trickle of bytes).
-    left = max(end - time.monotonic(), 0.001)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(min(left / 4, 15))
-    thread = threading.Thread(target=work, daemon=True)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # stdout is the log
-            thread.start()
-            thread.join(left)
-    finally:
-        kind.stopped = True
-        socket.setdefaulttimeout(before)
-    if not outcome:
-        raise _Unavailable(f'no answer within {left:.3g} s')
-    if isinstance(outcome[0], Exception):
-        raise _Unavailable(' '.join(str(outcome[0]).split()))
-    return outcome[0]
 
 
 # Ways to write each digit. A way is strokes, a stroke a smooth curve through
@@ -386,78 +369,76 @@ def draw_digits(train=60000, test=10000, seed=0):
     return images[:train], labels[:train], images[train:], labels[train:]
 
 
-def _draw(count, seed, variants=60, batch=2500):
+def _draw(count, seed, variants=60):
     """Images uint8 [count, 784] and labels int64 [count]."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=generator)
+    def normal(scale, *shape):
+        return scale * torch.randn(shape, generator=generator)
 
     distances = _distances(variants, normal)
     labels = torch.arange(count) % CLASSES
     labels = labels[torch.randperm(count, generator=generator)]
-    images = torch.empty(count, SIDE * SIDE, dtype=torch.uint8)
     # A warp is a weighted sum of these fields [28, 784]: constant (shifts), x
     # and y (linear maps), and 25 smooth bumps (bends).
-    axis = torch.linspace(-1, 1, SIDE)
     bumps = functional.interpolate(torch.eye(25).view(25, 1, 5, 5),
                                    (SIDE, SIDE),
                                    mode='bicubic',
                                    align_corners=True).flatten(1)
-    y, x = torch.meshgrid(axis, axis, indexing='ij')
-    fields = torch.stack([torch.ones(SIDE * SIDE), x.flatten(), y.flatten()])
-    fields = torch.cat([fields, bumps])
-    for start in range(0, count, batch):
-        chosen = labels[start:start + batch] * variants
+    fields = torch.cat([torch.ones(1, SIDE * SIDE), _pixels(SIDE).T, bumps])
+    images = []
+    for chosen in labels.split(2500):
         n = len(chosen)
-        chosen += torch.randint(variants, (n,), generator=generator)
-        turn, slant = .145 * normal(n), .185 * normal(n)
-        wide, high = (.115 * normal(n)).exp(), (.08 * normal(n)).exp()
-        weights = torch.empty(n, 2, len(fields))
-        weights[:, :, 0] = .075 * normal(n, 2)
-        weights[:, 0, 1] = wide * turn.cos()
-        weights[:, 0, 2] = wide * (slant - turn.sin())
-        weights[:, 1, 1] = high * turn.sin()
-        weights[:, 1, 2] = high * turn.cos()
-        weights[:, :, 3:] = .068 * normal(n, 2, len(bumps))
+        variant = torch.randint(variants, (n,), generator=generator)
+        turn, slant = normal(.145, n), normal(.185, n)
+        wide, high = normal(.115, n).exp(), normal(.08, n).exp()
+        linear = [
+            wide * turn.cos(), wide * (slant - turn.sin()), high * turn.sin(),
+            high * turn.cos()
+        ]
+        weights = torch.cat([
+            normal(.075, n, 2, 1),
+            torch.stack(linear, 1).view(n, 2, 2),
+            normal(.068, n, 2, len(bumps))
+        ], 2)
         grid = (weights @ fields).mT.reshape(n, SIDE, SIDE, 2)
-        distance = functional.grid_sample(distances[chosen],
+        distance = functional.grid_sample(distances[chosen * variants +
+                                                    variant],
                                           grid,
                                           padding_mode='border',
                                           align_corners=True).flatten(1)
         # Ink within the pen's half-width, fading out over one pixel (2 / 28).
-        ink = ((.06 + .07 * uniform(n, 1) - distance) * 14 + .5).clamp_(0, 1)
-        ink *= .7 + .3 * uniform(n, 1)
-        ink += .06 * normal(n, SIDE * SIDE)
-        images[start:start + n] = ink.clamp_(0, 1).mul_(255).to(torch.uint8)
-    return images, labels
+        pen, bright = torch.rand(2, n, 1, generator=generator)
+        ink = ((.06 + .07 * pen - distance) * 14 + .5).clamp_(0, 1)
+        ink *= .7 + .3 * bright
+        ink += normal(.06, n, SIDE * SIDE)
+        images.append(ink.clamp_(0, 1).mul_(255).to(torch.uint8))
+    return torch.cat(images), labels
+
+
+def _pixels(side):
+    """x and y of an image's pixels, row by row, from -1 to 1: [side**2, 2]."""
+    axis = torch.linspace(-1, 1, side)
+    return torch.cartesian_prod(axis, axis).flip(1)
 
 
 def _distances(variants, normal, side=32):
     """Per pixel its distance to the pen's path, [10 * variants, 1, side, side].
 
     Distances, not ink: once warped, a threshold gives any pen's thickness.
-    The image spans -1..1.
     """
-    axis = torch.linspace(-1, 1, side)
-    y, x = torch.meshgrid(axis, axis, indexing='ij')
-    pixels = torch.stack([x.flatten(), y.flatten()], dim=1)
     fields = []
     for ways in GLYPHS:
         for variant in range(variants):
             curves = []
             for stroke in ways[variant % len(ways)].split('|'):
-                points = torch.tensor([[float(figure)
-                                        for figure in point]
-                                       for point in stroke.split()])
-                points += .4 * normal(*points.shape)
+                points = torch.tensor(
+                    [[float(x), float(y)] for x, y in stroke.split()])
+                points += normal(.4, *points.shape)
                 curve = functional.interpolate(points.T[None, :, None], (1, 40),
                                                mode='bicubic',
                                                align_corners=True)
                 curves.append(curve.view(2, 40).T)
             path = (torch.cat(curves) / 4.5 - 1) * torch.tensor([.5, .7])
-            fields.append(torch.cdist(pixels, path).amin(1))
+            fields.append(torch.cdist(_pixels(side), path).amin(1))
     return torch.stack(fields).view(-1, 1, side, side)

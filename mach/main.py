@@ -5,341 +5,258 @@
     python mach/main.py --seeds 0,1,2             mean and std over three seeds
     python mach/main.py --compare .runs/*/*.txt   the table of saved logs
 
-stdout is what the experiments print, then the table; all else goes to stderr.
-Exit code: 0 done, 1 an experiment failed, 2 a bad option, 130 Ctrl-C.
+Any other --name value is a hyperparameter, passed to each chosen experiment
+that has it. stdout is what the experiments print, then the table; all else goes
+to stderr. Exit code: 0 done, 1 an experiment failed or stdout did, 2 a bad
+option, 130 Ctrl-C.
 """
-
-import os
-import sys
-
-# The root instead of this folder, where `data` would be `mach/data.py`.
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [os.path.dirname(HERE)] + [p for p in sys.path if p != HERE]
 
 import argparse
 import ast
 import dataclasses
 import difflib
+import itertools
+import math
+import os
 import pathlib
 import signal
 import subprocess
-import threading
+import sys
 import time
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from mach import metrics
 
-ROOT = pathlib.Path(HERE).parent
 EXPERIMENTS = ('synchronous_single', 'synchronous_sequence',
                'synchronous_kgraph', 'asynchronous_sequence',
                'asynchronous_kgraph')
-STOP_SECONDS = 10  # For a child to end after Ctrl-C.
-DRAIN_SECONDS = 10  # For the last of its output to arrive once it has ended.
+STOP_SECONDS = 10  # for an experiment to end after Ctrl-C
 
 
 @dataclasses.dataclass
 class Job:
-    """One run of one experiment.
-
-    Attributes:
-        folder: holds the main.py.
-        arguments: its command line.
-        log: the file its stdout is saved in.
-        isolated: whether it is the run without edges.
-    """
-    folder: pathlib.Path
-    arguments: list[str]
+    """One run of an experiment: its name, what starts it, its stdout's file."""
+    name: str
+    command: list[str]
     log: pathlib.Path
-    isolated: bool
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message):
-        """Exits with 2."""
-        self.exit(2, f'mach: {message}\n')
-
-
-def say(message: str):
+def say(message):
     """One line on stderr, at once."""
     print(f'mach: {message}', file=sys.stderr, flush=True)
 
 
-def hyperparameters(folder: pathlib.Path) -> list[str]:
-    """Names of the annotated fields of `class Hyperparameters` in main.py.
+def make_parser():
+    """The options of this file itself; a bad one ends it with a line and 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        usage='python mach/main.py [options] [--name value ...]',
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'mach: {message}\n')
+    add = parser.add_argument
+    add('--only',
+        nargs='+',
+        metavar='NAME',
+        default=EXPERIMENTS,
+        help='experiments, or folders with a main.py; default: all five')
+    add('--seeds', metavar='0,1,2', default='', help='run each once for each')
+    add('--isolated',
+        choices=('True', 'False'),
+        default='False',
+        help='run each once more with --connected False, if it can')
+    # With the process's number, as two may start in one second.
+    add('--logs',
+        metavar='FOLDER',
+        default=time.strftime(f'.runs/%Y%m%d-%H%M%S-{os.getpid()}'),
+        help='where the logs go; default: .runs/<date-time>')
+    add('--compare',
+        nargs='+',
+        metavar='LOG',
+        help='run nothing, print the table of these logs')
+    return parser
 
-    The file is parsed, not imported: five modules called `model` would collide.
 
-    Raises:
-        OSError, SyntaxError, ValueError: it cannot be read or is not Python.
+def read_overrides(words, parser):
+    """Name -> value of `--name value` and `--name=value`, dashes as _."""
+    overrides, words = {}, iter(words)
+    for word in words:
+        name, equals, value = word.partition('=')
+        if not name.startswith('--'):
+            parser.error(f'unexpected {word!r}: options are --name value')
+        if not equals:
+            value = next(words, '--')
+            if value.startswith('--'):
+                parser.error(f'{name} needs a value')
+        overrides[name[2:].replace('-', '_')] = value
+    return overrides
+
+
+def find(name, parser):
+    """The main.py of an experiment, and the names of its hyperparameters.
+
+    It is read, not imported: five modules `model` would collide.
+
+    Args:
+        name: of a folder in the root, or any path.
     """
-    tree = ast.parse((folder / 'main.py').read_bytes())
-    return [
+    folders = ROOT / name, pathlib.Path(name)
+    paths = [folder.resolve() / 'main.py' for folder in folders]
+    # This file is a main.py too, and would start itself.
+    paths = [p for p in paths if p.is_file() and not p.samefile(__file__)]
+    if not paths:
+        parser.error(f'no experiment {name}; choose from '
+                     f'{", ".join(EXPERIMENTS)}, or a folder with a main.py')
+    try:
+        tree = ast.parse(paths[0].read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        parser.error(f'{paths[0]}: {error}')
+    return paths[0], [
         field.target.id for node in tree.body
         if isinstance(node, ast.ClassDef) and node.name == 'Hyperparameters'
         for field in node.body if isinstance(field, ast.AnnAssign)
     ]
 
 
-def find(name: str) -> pathlib.Path | None:
-    """The folder of an experiment: under the root, or any path; else None."""
-    for folder in (ROOT / name, pathlib.Path(name)):
-        folder = folder.resolve()
-        # This file is a main.py too, and would start itself.
-        if (folder / 'main.py').is_file() and folder != pathlib.Path(HERE):
-            return folder
-    return None
-
-
-def parse_bool(text: str) -> bool:
-    """True or False; ValueError for anything else."""
-    return bool(('False', 'True').index(text))
-
-
-def make_parser() -> Parser:
-    """The options of this file itself."""
-    parser = Parser(prog='mach',
-                    usage='python mach/main.py [options] [--name value ...]',
-                    description=__doc__,
-                    epilog='Any other --name value is a hyperparameter: it is '
-                    'passed to each chosen experiment that has it.',
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    parser.add_argument('--only',
-                        nargs='+',
-                        metavar='NAME',
-                        default=EXPERIMENTS,
-                        help='experiments to run, or folders with a main.py; '
-                        'default: ' + ' '.join(EXPERIMENTS))
-    parser.add_argument('--logs',
-                        metavar='FOLDER',
-                        help='where the logs go; default: .runs/<date-time>')
-    parser.add_argument('--isolated',
-                        type=parse_bool,
-                        default=False,
-                        metavar='True|False',
-                        help='run each once more with --connected False, if it '
-                        'can; default: False')
-    parser.add_argument('--seeds',
-                        metavar='0,1,2',
-                        help='run each once for every seed')
-    parser.add_argument('--compare',
-                        nargs='+',
-                        metavar='LOG',
-                        help='run nothing, print the table of these logs')
-    return parser
-
-
-def split_overrides(words: list[str], parser: Parser) -> list[tuple[str, str]]:
-    """(name, value) from `--name value` and `--name=value`, dashes as _."""
-    overrides = []
-    words = iter(words)
-    for word in words:
-        name, equals, value = word.partition('=')
-        if name[:2] != '--' or not name[2:]:
-            parser.error(f'unexpected {word!r}: options are --name value')
-        if not equals:
-            value = next(words, None)
-            if value is None or value[:2] == '--':
-                parser.error(f'{name} needs a value')
-        overrides.append((name[2:].replace('-', '_'), value))
-    return overrides
-
-
-def choose(names: list[str], parser: Parser) -> dict[pathlib.Path, list[str]]:
-    """The chosen folders, in order, and the hyperparameters each knows."""
-    chosen = {}
-    for name in (part for name in names for part in name.split(',') if part):
-        folder = find(name)
-        if folder is None:
-            valid = sorted(main.parent.name
-                           for main in ROOT.glob('*/main.py')
-                           if find(main.parent.name)) or EXPERIMENTS
-            parser.error(f'no experiment {name!r}; choose from '
-                         f'{", ".join(valid)}, or a folder with a main.py')
-        try:
-            chosen[folder] = hyperparameters(folder)
-        except (OSError, SyntaxError, ValueError) as error:
-            parser.error(f'{folder / "main.py"}: {error}')
-    if not chosen:
-        parser.error('--only: nothing to run')
-    if len({folder.name for folder in chosen}) < len(chosen):
-        parser.error('two experiments of one name: their logs would collide')
-    return chosen
-
-
-def plan(options, words: list[str], parser: Parser) -> list[Job]:
-    """All runs in order. Ends with exit code 2 on any mistake, before a run.
+def plan(options, words, parser):
+    """All runs in order. Ends with 2 on a mistake, before the first of them.
 
     Args:
         options: the parsed own options.
         words: what is left of the command line, for the experiments.
     """
-    chosen = choose(options.only, parser)
-    overrides = split_overrides(words, parser)
+    overrides = read_overrides(words, parser)
+    chosen = dict(find(name, parser) for name in options.only)
     known = {name for names in chosen.values() for name in names}
-    for name, _ in overrides:
-        if name not in known:
-            close = difflib.get_close_matches(name, [*known, *vars(options)], 1,
-                                              0)
-            parser.error(f'no chosen experiment has --{name}; '
-                         f'the closest is --{close[0]}')
-    names = {name for name, _ in overrides}
-    seeds = [None]
-    if options.seeds is not None:
-        try:
-            seeds = [int(seed) for seed in options.seeds.split(',')]
-        except ValueError:
-            parser.error(f'--seeds {options.seeds}: not integers like 0,1,2')
-        if len(set(seeds)) < len(seeds):
-            parser.error(f'--seeds {options.seeds}: one of them twice')
-        if 'seed' in names or 'seed' not in known:
-            parser.error('--seeds: instead of --seed, and only where it is one')
-    if options.isolated and ('connected' in names or 'connected' not in known):
-        parser.error('--isolated: instead of --connected, where it is one')
-    logs = pathlib.Path(options.logs or time.strftime('.runs/%Y%m%d-%H%M%S'))
-    if not options.logs:  # Two may start in one second.
-        stem, number = logs.name, 1
-        while logs.exists():
-            number += 1
-            logs = logs.with_name(f'{stem}-{number}')
-    jobs = []
-    for folder, fields in chosen.items():
-        given = [
-            f'--{name}={value}' for name, value in overrides if name in fields
-        ]
-        for seed in seeds if 'seed' in fields else [None]:
-            name = folder.name + ('' if seed is None else f'.seed{seed}')
-            seeded = given + ([] if seed is None else [f'--seed={seed}'])
-            jobs.append(Job(folder, seeded, logs / f'{name}.txt', False))
-            if options.isolated and 'connected' in fields:
-                jobs.append(
-                    Job(folder, seeded + ['--connected=False'],
-                        logs / f'{name}.isolated.txt', True))
+    for name in sorted(overrides.keys() - known):
+        valid = [*known, *vars(options)]
+        closest, = difflib.get_close_matches(name, valid, n=1, cutoff=0)
+        parser.error(f'no chosen experiment has --{name}; closest: --{closest}')
+    seeds = options.seeds.split(',') if options.seeds else []
+    if not all(map(str.isdigit, seeds)) or len(set(seeds)) < len(seeds):
+        parser.error(f'--seeds {options.seeds}: not numbers such as 0,1,2')
+    isolated = options.isolated == 'True'
+    for given, name in (seeds, 'seed'), (isolated, 'connected'):
+        if given and (name in overrides or name not in known):
+            parser.error(f'--{name} is given, or no experiment has it, which '
+                         '--seeds or --isolated would set')
+    jobs, checks, folder = [], [], pathlib.Path(options.logs)
+    for path, names in chosen.items():
+        # Unbuffered, so that a line is seen when it is printed.
+        command = [sys.executable, '-u', str(path)]
+        command += [f'--{n}={v}' for n, v in overrides.items() if n in names]
+        repeats, ways = [('', [])], [('', [])]
+        if seeds and 'seed' in names:
+            repeats = [(f'.seed{seed}', [f'--seed={seed}']) for seed in seeds]
+        if isolated and 'connected' in names:
+            ways.append(('.isolated', ['--connected=False']))
+        for (repeat, seed), (way, edges) in itertools.product(repeats, ways):
+            name = path.parent.name
+            jobs.append(
+                Job(name, command + seed + edges,
+                    folder / f'{name}{repeat}{way}.txt'))
+            if 'dry_run' in names and repeat == repeats[0][0]:
+                checks.append(jobs[-1])
+    logs = [job.log for job in jobs]
+    for log in logs:
+        if log.exists() or logs.count(log) > 1:  # it takes a run to make one
+            parser.error(f'{log} exists, or would twice; choose another --logs')
+    for job in checks:  # in turn, as the first may have to fetch the data
+        if subprocess.run([*job.command, '--dry_run=True'],
+                          stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL,
+                          check=False).returncode:
+            parser.error(f'{job.name} cannot run, so nothing was run')
     try:
-        logs.mkdir(parents=True, exist_ok=True)
-        for job in jobs:  # A saved log took a run to make.
-            if job.log.exists() and job.log.stat().st_size:
-                parser.error(f'{job.log} exists; choose another --logs')
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f'--logs: {error}')
     return jobs
 
 
-def run(job: Job) -> int:
-    """Runs one experiment; its stdout goes to ours and to its log.
+def follow(process, log, deadline):
+    """Copies a log to stdout while it is written; the writer's exit code.
 
-    Returns:
-        Its exit code, 130 if Ctrl-C ended it, 1 if its output could not be
-        saved or shown.
+    It is read from the file: a pipe may be held open, by what the experiment
+    has started, long after the experiment has ended.
     """
-    say(f'{job.folder.name} -> {job.log}')
-    # Unbuffered, so that a line is seen when it is printed. Ctrl-C reaches the
-    # child by itself: it is in our process group.
-    process = subprocess.Popen(
-        [sys.executable, '-u',
-         str(job.folder / 'main.py'), *job.arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE)
-    failures = []
+    code = None
+    while code is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        code = process.poll()  # before the last look at what it wrote
+        sys.stdout.buffer.write(log.read())
+        sys.stdout.buffer.flush()
+    return code
 
-    def copy():
-        try:
-            with open(job.log, 'wb') as log:
-                for line in process.stdout:
-                    log.write(line)
-                    log.flush()
-                    sys.stdout.buffer.write(line)
-                    sys.stdout.buffer.flush()
-        except OSError as error:  # Unread, the child would wait for ever.
-            failures.append(error)
-            process.kill()
 
-    # A thread, because a child of the child may hold the pipe open after the
-    # end: then only the wait for the thread is in vain, and has a deadline.
-    copier = threading.Thread(target=copy, daemon=True)
-    copier.start()
-    try:
-        code = process.wait()  # Training takes as long as it takes.
-    except KeyboardInterrupt:
-        code = 130
+def run(job):
+    """Runs one experiment; its exit code, 130 if Ctrl-C ended it."""
+    say(f'{job.name} -> {job.log}')
+    with open(job.log, 'xb') as to, open(job.log, 'rb') as log:
+        process = subprocess.Popen(job.command,
+                                   stdin=subprocess.DEVNULL,
+                                   stdout=to)
         try:
-            process.wait(STOP_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            say(f'{job.folder.name} does not stop, killed')
-    finally:
-        process.kill()  # Nothing happens if it has ended.
-        process.wait(STOP_SECONDS)
-        copier.join(DRAIN_SECONDS)
-    if copier.is_alive():
-        say(f'{job.folder.name} ended, but something holds its output open')
-    if failures:
-        say(f'{job.folder.name} stopped: {failures[0]}')
-        return 1
+            code = follow(process, log, math.inf)
+        except KeyboardInterrupt:  # which the experiment has got as well
+            code = 130
+            if follow(process, log, time.monotonic() + STOP_SECONDS) is None:
+                say(f'{job.name} does not stop, killed')
+        finally:
+            process.kill()  # nothing happens if it has ended
+            process.wait()
     return 130 if code == -signal.SIGINT else code
 
 
-def run_all(jobs: list[Job]) -> tuple[int, list[metrics.Log]]:
-    """Runs the jobs in turn: the exit code, and the logs there are.
+def main(words):
+    """Does what the command line says; the exit code.
 
-    A bad hyperparameter (2) or Ctrl-C (130) ends it, a failure (1) does not.
+    Raises:
+        OSError: stdout is closed or full; what ran has been stopped.
     """
-    result, logs = 0, []
-    for job in jobs:
-        try:
-            code = run(job)
-        except KeyboardInterrupt:
-            code = 130
-        problem = f'ended with {code}' if code else ''
-        try:
-            log = metrics.read_log(job.log)
-            if not log.mean:
-                problem = problem or 'has no final line of mach mean'
-            logs.append(log)
-        except (OSError, ValueError) as error:
-            problem += f'{", " if problem else ""}no log: {error}'
-            # The table shows that it failed. Isolated, a '-' does already.
-            if code not in (2, 130) and not job.isolated:
-                logs.append(
-                    metrics.Log(str(job.log), {'experiment': job.folder.name}))
-        if problem:
-            say(f'{job.folder.name} {problem}')
-        if code in (2, 130):
-            return code, logs
-        result = 1 if code else result
-    return result, logs
-
-
-def main(arguments: list[str]) -> int:
-    """Does what the command line says; the exit code."""
+    if sys.stdout is None:  # as after `>&-`
+        raise OSError('stdout is closed')
     parser = make_parser()
-    options, words = parser.parse_known_args(arguments)
-    if options.compare:
-        given = {
-            k for k, v in vars(options).items() if v != parser.get_default(k)
-        }
-        if words or given != {'compare'}:
-            parser.error('--compare takes saved logs and no other option')
+    options, words = parser.parse_known_args(words)
+    status, paths, logs, jobs = 0, options.compare or [], [], []
+    if not options.compare:
+        jobs = plan(options, words, parser)
+    elif words or vars(options) | dict(compare=None) != vars(
+            parser.parse_args([])):
+        parser.error('--compare takes saved logs and no other option')
+    for job in jobs:
+        code = run(job)
+        paths.append(job.log)
+        if code:
+            say(f'{job.name} ended with {code}')
+            status = code if code in (2, 130) else 1
+        if status in (2, 130):
+            break
+    for path in paths:
         try:
-            logs = [metrics.read_log(path) for path in options.compare]
-        except (OSError, ValueError) as error:
+            logs.append(metrics.read_log(path))
+        except ValueError as error:
+            say(f'{error}, left out')
+        except OSError as error:
             parser.error(str(error))
-        result = 0
-    else:
-        result, logs = run_all(plan(options, words, parser))
-        if logs:
-            print(flush=True)  # The table is no part of the last log.
+    if options.compare and not logs:
+        parser.error('--compare: no log is left')
     if logs:
-        print(metrics.compare(logs), flush=True)
-    return result
+        print('\n' * bool(jobs) + metrics.compare(logs), flush=True)
+    return status
 
 
 if __name__ == '__main__':
     # As Ctrl-C, so that an experiment does not outlive the one who started it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        status = main(sys.argv[1:])
-    except BrokenPipeError:  # stdout was closed, as by `| head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)
+        exit_code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        exit_code = 130
+    except OSError as error:  # most likely of stdout: closed, or full
+        # Nothing is left to fail at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        say(f'stopped: {error}')
+        exit_code = 1
+    sys.exit(exit_code)

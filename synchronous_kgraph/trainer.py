@@ -1,41 +1,47 @@
-"""The delayed-gradient trainer of a k-graph: one autograd graph, one backward.
+"""The delayed-gradient trainer of k MACHs in lockstep, whatever their graph.
 
-With `delay 0` gradients flow through the edges of that graph: plain
-backpropagation. Otherwise the edges are cut: a Grad that crosses one is applied
-`delay` steps after it was computed, with the parameters of that later step.
+All take each step together, on one thread, and ask each other by calls, so that
+nothing is left to chance. A Grad is applied exactly `delay` steps after it was
+computed, with the parameters of that later step. With `delay 0` that is before
+anybody's parameters change: backpropagation, through the graph unrolled to
+`depth`.
 """
+# Copied from synchronous_sequence/trainer.py
 
-import collections
 import copy
 import dataclasses
 import math
+import typing
 
 import student as students
 import torch
 from torch.nn import functional
 
+from mach import metrics
 
-@dataclasses.dataclass(frozen=True)
-class Grads:
-    """All backward messages of one step about one x.
 
-    Attributes:
-        x: [R, 784], normalised images.
-        depth: how many edges further they may travel.
-        gradients: list of k, [R, E]: the sum of what all parents say to MACH i.
-        computed: the step they were computed in.
-    """
-    x: torch.Tensor
-    depth: int
-    gradients: list | None = None
-    computed: int = 0
+# Copied from synchronous_single/trainer.py
+class Copy(typing.NamedTuple):
+    """What a MACH hands over of itself, the reader's to keep."""
+    tally: metrics.Tally
+    mach: torch.nn.Module | None = None  # None: it failed, or has not begun
+    student: torch.nn.Module | None = None  # None: it has no children
+
+
+@dataclasses.dataclass
+class Rows:
+    """One x, and what is due on it: rows that belong together in a forward."""
+    x: torch.Tensor  # [B, 784]
+    depth: int  # edges that the gradient of their inputs may travel
+    grad: torch.Tensor | None = None  # [B, E], a Grad to apply; None: own rows
+    computed: int = 0  # the step that the Grad was computed in
 
 
 class Trainer:
     """Trains k MACHs together: one `step` is one step of each of them.
 
     Args:
-        machs: list of k networks, on their device.
+        machs: list of k networks.
         student_of: list of k; None for a MACH without children.
         children: list of k lists: the MACHs that feed MACH i, in the order of
             its joiner's inputs.
@@ -48,19 +54,17 @@ class Trainer:
         self.machs, self.student_of, self.children = machs, student_of, children
         self.batches, self.settings = batches, settings
         self.steps_taken = 0
-        self._grads = collections.deque()  # in flight, oldest first
-        self._generator = torch.Generator().manual_seed(settings.seed)
-        self._mach_optimiser = Optimiser(
-            [p for mach in machs for p in mach.parameters()],
-            settings.learning_rate, settings.weight_decay, settings)
-        learners = [student for student in student_of if student is not None]
-        self._student_optimiser = None
-        if learners:
-            self._student_optimiser = Optimiser(
-                [p for student in learners for p in student.parameters()],
-                settings.student_learning_rate, 0.0, settings)
-        self._staleness = collections.Counter()
-        self._windows = [collections.Counter() for _ in machs]
+        self.tallies = [metrics.Tally(i) for i in range(len(machs))]
+        self._grads = [[] for _ in machs]  # Rows in flight to each MACH
+        self._answers = {}  # (MACH, which x, depth) -> d(x), of this step
+        self._optimisers = [
+            Optimiser(mach, settings.learning_rate, settings.weight_decay,
+                      settings) for mach in machs
+        ] + [
+            Optimiser(student, settings.student_learning_rate, 0.0, settings)
+            for student in student_of
+            if student
+        ]
 
     def step(self):
         """One training step of every MACH.
@@ -68,291 +72,170 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is not finite; nothing was applied.
         """
-        x, y, owned = self._batch()
-        blocks = [Grads(x, self.settings.depth)]  # the new rows, then Grads due
-        while (self._grads and self._grads[0].computed + self.settings.delay
-               <= self.steps_taken):
-            blocks.append(self._grads.popleft())
-        rows = torch.cat([block.x for block in blocks])
-        with self._autocast():
-            local = [mach.local_part(rows) for mach in self.machs]
-            synthetic, learning = self._synthesise(rows, len(x))
-            levels = self._levels(local, synthetic)
-            losses, leaves, roots = [], [], []
-            for i in range(len(self.machs)):
-                if self.settings.delay == 0:
-                    inputs = self._uncut_inputs(i, local, synthetic)
-                else:
-                    inputs = self._cut_inputs(i, blocks, synthetic, levels)
-                leaves.append(inputs)
-                keep = self._dropout_mask(i, local[i], len(x))
-                embedding = torch.relu(local[i] * keep +
-                                       self.machs[i].joined_part(inputs))
-                losses.append(
-                    self._target_loss(i, embedding[:len(x)], y, owned[i]))
-                roots.append(embedding[len(x):])
-            losses += self._synthetic_losses(learning, levels, owned)
-        self._backward(sum(losses), blocks[1:], roots)
-        if self.settings.delay == 0:
-            self._staleness['grads'] += any(self.children)  # none was late
-        elif any(self.children):
-            self._send_grads(blocks, leaves)
-        self._mach_optimiser.step()
-        if self._student_optimiser is not None:
-            self._student_optimiser.step()
-        self.steps_taken += 1
-
-    def _batch(self):
-        """The new rows of one step.
-
-        Returns:
-            x [R, 784], y [R] and owned [k, R]: whether row r trains MACH i. With
-            one shared batch R = B and all own it; else R = k * B.
-        """
         batches = [batches.next() for batches in self.batches]
-        x = torch.cat([x for x, _ in batches])
-        y = torch.cat([y for _, y in batches])
-        owner = torch.arange(len(x), device=x.device) // len(batches[0][0])
-        machs = torch.arange(len(self.machs), device=x.device).unsqueeze(1)
-        return x, y, (machs == owner) | (len(batches) == 1)
+        results = []
+        for i in range(len(self.machs)):
+            x, y = batches[i % len(batches)]
+            results.append((*self._learn(i, x, y), y))
+        while self.settings.delay == 0 and any(self._grads):
+            for i in range(len(self.machs)):
+                self._learn(i)
+        for optimiser in self._optimisers:
+            optimiser.step()
+        self._answers.clear()  # they were made with the old parameters
+        self.steps_taken += 1
+        for tally, result in zip(self.tallies, results):
+            tally.step(*result)
 
-    def _synthesise(self, rows, fresh):
-        """Synthetic inputs of each MACH for rows [R, 784].
+    def copy(self, networks=True):
+        """MACH -> Copy of it as it is now; of its counts alone if asked to."""
+        copies = {}
+        for i, tally in enumerate(self.tallies):
+            of = self.machs[i], self.student_of[i]
+            copies[i] = Copy(copy.copy(tally),
+                             *(copy.deepcopy(of) if networks else ()))
+        return copies
 
-        Returns:
-            Two lists of k, None for a MACH without children: the inputs
-            [R, C, E] without a graph, and those of the `fresh` new rows with
-            one, from which the student learns.
-        """
-        values, learning = [], []
-        for student in self.student_of:
-            value = learner = None
-            if student is not None:
-                learner = student(rows[:fresh])
-                value = learner.detach()
-                if len(rows) > fresh:
-                    with torch.no_grad():
-                        value = torch.cat([value, student(rows[fresh:])])
-            values.append(value)
-            learning.append(learner)
-        return values, learning
+    def _learn(self, i, x=None, y=None):
+        """Backpropagates the target loss of MACH i, if any, and all Grads due.
 
-    @torch.no_grad()
-    def _levels(self, local, synthetic):
-        """What each MACH answers at each depth, without graph or dropout.
+        One forward, one backward: own rows and Grads are one batch. Nothing is
+        applied yet: others are still to answer, and to hear of it by Grads.
 
         Args:
-            local: list of k, [R, E]: h of each MACH.
-            synthetic: list of k, [R, C, E] or None.
+            i: the MACH.
+            x: [B, 784], own rows, with labels y [B]; None without.
         Returns:
-            levels[n][i] [R, E]: d_i at depth n, for n = 0 .. depth - 1, and at
-            least 0, which the students learn from.
+            The target loss and the logits [B, 10] of own rows; None without.
         """
-        levels = []
-        for depth in range(max(1, self.settings.depth)):
-            levels.append([
-                torch.relu(local[i] + mach.joined_part(
-                    self._pick(i, levels[-1]) if depth else synthetic[i]))
-                for i, mach in enumerate(self.machs)
-            ])
-        return levels
+        settings, mach = self.settings, self.machs[i]
+        own = 0 if x is None else len(x)
+        blocks = [] if x is None else [Rows(x, settings.depth)]
+        blocks += self._take_due(i)
+        if not blocks:
+            return None
+        inputs = None
+        if self.children[i]:  # a leaf: the edge is cut here
+            inputs = torch.cat([
+                self._inputs(i, rows.x,
+                             rows.depth * (settings.inputs == 'real'))
+                for rows in blocks
+            ]).requires_grad_()  # [R, C, E]
+        local = mach.local_part(torch.cat([rows.x for rows in blocks
+                                          ]))  # [R, E]
+        # Others' rows have no dropout: students would chase its noise.
+        dropped = functional.dropout(local[:own], settings.dropout)
+        local = torch.cat([dropped, local[own:]])
+        embedding = torch.relu(local + mach.joined_part(inputs))
+        roots, gradients, loss, logits = [], [], None, None
+        if own:
+            logits = mach.head(embedding[:own]).to(embedding.dtype)
+            loss = functional.cross_entropy(
+                logits, y, label_smoothing=settings.label_smoothing)
+            check_finite(loss, f'target loss of mach {i}')
+            roots, gradients = [loss], [None]
+        grads = [rows.grad for rows in blocks if rows.grad is not None]
+        if grads:
+            roots.append(embedding[own:])
+            gradients.append(torch.cat(grads))
+        torch.autograd.backward(roots, gradients)
+        if self.children[i]:
+            self._send_grads(i, blocks, inputs.grad)
+            if own:
+                self._teach(i, x)
+        return loss, logits
 
-    def _pick(self, i, embeddings):
-        """The inputs [R, C, E] of MACH i out of all MACHs' [R, E]."""
+    def _take_due(self, i):
+        """Takes the Grads that are to be applied by MACH i in this step."""
+        last = self.steps_taken - self.settings.delay
+        due = [rows for rows in self._grads[i] if rows.computed <= last]
+        self._grads[i] = [r for r in self._grads[i] if r.computed > last]
+        for rows in due:
+            self.tallies[i].grad(self.steps_taken - rows.computed)
+        return due
+
+    @torch.no_grad()
+    def _answer(self, i, x, depth):
+        """Answers a Spike: x [B, 784] -> d_i(x) [B, E], free of dropout."""
+        key = i, id(x), depth  # several parents may share an x
+        if key not in self._answers:
+            self._answers[key] = self.machs[i](x, self._inputs(i, x, depth))
+        return self._answers[key]
+
+    @torch.no_grad()
+    def _inputs(self, i, x, depth):
+        """Inputs of MACH i for x [B, 784]: real if depth > 0, else synthetic.
+
+        Returns:
+            [B, C, E], without a graph; None without children.
+        """
         if not self.children[i]:
             return None
-        return torch.stack([embeddings[child] for child in self.children[i]], 1)
+        if depth == 0:
+            return self.student_of[i](x)
+        return torch.stack(
+            [self._answer(child, x, depth - 1) for child in self.children[i]],
+            1)
 
-    def _cut_inputs(self, i, blocks, synthetic, levels):
-        """Inputs [R, C, E] of MACH i, a leaf: its gradient becomes Grads."""
-        if not self.children[i]:
-            return None
-        inputs, first = [], 0
-        for block in blocks:
-            source = synthetic[i]
-            if self.settings.inputs == 'real' and block.depth > 0:
-                source = self._pick(i, levels[block.depth - 1])
-            inputs.append(source[first:first + len(block.x)])
-            first += len(block.x)
-        return torch.cat(inputs).requires_grad_()
+    def _send_grads(self, i, blocks, gradient):
+        """Puts gradient [R, C, E] of MACH i's inputs in flight to its children.
 
-    def _uncut_inputs(self, i, local, synthetic):
-        """Inputs [R, C, E] of MACH i that lead on into its children's graph.
-
-        Their values are synthetic or real, as `inputs` says; their gradient is
-        the real embeddings' either way, as it is when a Grad brings it.
+        What several parents say to a child about one x is one Grad, their sum.
         """
-        embeddings = [None] * len(self.machs)  # d_j at ever greater depth
-        for depth in range(self.settings.depth + 1):
-            inputs = list(synthetic)
-            if depth > 0:
-                inputs = [
-                    self._edge(synthetic[j], self._pick(j, embeddings))
-                    for j in range(len(self.machs))
-                ]
-            if depth == self.settings.depth:
-                break
-            embeddings = [
-                torch.relu(local[j] + mach.joined_part(inputs[j]))
-                for j, mach in enumerate(self.machs)
-            ]
-        if inputs[i] is None or self.settings.depth == 0:
-            return inputs[i]
-        weight = self.settings.grad_weight  # on the first edge alone
-        return inputs[i].detach() + weight * (inputs[i] - inputs[i].detach())
+        parts = gradient.split([len(rows.x) for rows in blocks])
+        for rows, part in zip(blocks, parts):
+            weight = 1.0 if rows.grad is not None else self.settings.grad_weight
+            for position, child in enumerate(self.children[i]):
+                if rows.depth == 0:
+                    continue
+                grad = Rows(rows.x, rows.depth - 1, weight * part[:, position],
+                            self.steps_taken)
+                for other in self._grads[child]:
+                    if (other.x is grad.x and other.depth == grad.depth and
+                            other.computed == grad.computed):
+                        other.grad = other.grad + grad.grad
+                        break
+                else:
+                    self._grads[child].append(grad)
 
-    def _edge(self, synthetic, real):
-        """The value that `inputs` names, with the gradient of the real one."""
-        if real is None or self.settings.inputs == 'real':
-            return real
-        return synthetic + (real - real.detach())
-
-    def _target_loss(self, i, embedding, y, owned):
-        """Target loss of MACH i on those rows of embedding [R, E] it owns."""
-        logits = self.machs[i].head(embedding[owned]).to(embedding.dtype)
-        loss = functional.cross_entropy(
-            logits, y[owned], label_smoothing=self.settings.label_smoothing)
-        check_finite(loss, f'target loss of mach {i}', self.steps_taken + 1)
-        self._windows[i].update(
-            steps=1,
-            images=len(logits),
-            loss=loss.item(),
-            correct=(logits.argmax(1) == y[owned]).sum().item())
-        return loss
-
-    def _synthetic_losses(self, learning, levels, owned):
-        """The students' lessons: what the children answer on each one's rows."""
-        losses = []
-        for i, learner in enumerate(learning):
-            if learner is not None:
-                real = self._pick(i, levels[-1])[:len(learner)]
-                losses.append(
-                    students.synthetic_loss(learner[owned[i]], real[owned[i]]))
-                check_finite(losses[-1], f'synthetic loss of mach {i}',
-                             self.steps_taken + 1)
-                self._windows[i]['synthetic_loss'] += losses[-1].item()
-        return losses
-
-    def _backward(self, loss, due, roots):
-        """One backward for all: the losses, and the Grads due on their rows."""
-        starts, gradients = [loss], [None]
-        if due:
-            for i, root in enumerate(roots):  # [R - B, E]
-                starts.append(root)
-                gradients.append(torch.cat([g.gradients[i] for g in due]))
-        torch.autograd.backward(starts, gradients)
-        for grads in due:
-            staleness = self.steps_taken - grads.computed
-            self._staleness.update(total=staleness, grads=1)
-            self._staleness['max'] = max(self._staleness['max'], staleness)
-
-    def _send_grads(self, blocks, leaves):
-        """Puts the gradient of each block's inputs in flight to the children."""
-        first = 0
-        for block in blocks:
-            last = first + len(block.x)
-            if block.depth > 0:
-                gradients = [
-                    block.x.new_zeros(len(block.x), self.settings.embedding)
-                    for _ in self.machs
-                ]
-                weight = self.settings.grad_weight if first == 0 else 1.0
-                for i, leaf in enumerate(leaves):
-                    for position, child in enumerate(self.children[i]):
-                        gradients[child] = (
-                            gradients[child] +
-                            weight * leaf.grad[first:last, position])
-                self._grads.append(
-                    Grads(block.x, block.depth - 1, gradients,
-                          self.steps_taken))
-            first = last
-
-    def _dropout_mask(self, i, local, rows):
-        """A factor for local [R, E]: 0 or 1 / (1 - p) in new rows, 1 below."""
-        mask = torch.ones(local.shape)
-        if self.children[i]:  # else there is nothing to lean on
-            keep = 1 - self.settings.dropout
-            mask[:rows].bernoulli_(keep, generator=self._generator).div_(keep)
-        return mask.to(local)
-
-    # Copied from synchronous_single/trainer.py
-    def _autocast(self):
-        """bfloat16 products where `precision` says so."""
-        return torch.autocast(self.settings.device.split(':')[0],
-                              torch.bfloat16,
-                              enabled=self.settings.precision == 'bf16')
-
-    def report(self):
-        """The log's `step` fields of each MACH since the last report."""
-        fields = {}
-        for i, window in enumerate(self._windows):
-            steps = max(1, window['steps'])
-            fields[i] = {
-                'loss': window['loss'] / steps,
-                'train': 100.0 * window['correct'] / max(1, window['images']),
-                'synthetic_loss': window['synthetic_loss'] / steps,
-                'staleness': self.staleness()[i]['staleness'],
-            }
-        self._windows = [collections.Counter() for _ in self.machs]
-        return fields
-
-    def staleness(self):
-        """How late each MACH's Grads were over the whole run, in steps."""
-        counts = self._staleness
-        return {
-            i: {
-                'staleness':
-                    counts['total'] /
-                    counts['grads'] if counts['grads'] else math.nan,
-                'staleness_max':
-                    counts['max'],
-                'dropped':
-                    0,
-            } for i in range(len(self.machs))
-        }
-
-    def copies(self):
-        """MACH's index -> a copy of (MACH, student), the reader's to keep."""
-        return {
-            i: (copy.deepcopy(mach), copy.deepcopy(student))
-            for i, (mach,
-                    student) in enumerate(zip(self.machs, self.student_of))
-        }
+    def _teach(self, i, x):
+        """The student's lesson: what the children answer about x [B, 784]."""
+        real = self._inputs(i, x, max(1, self.settings.depth))  # [B, C, E]
+        loss = students.synthetic_loss(self.student_of[i](x), real)
+        check_finite(loss, f'synthetic loss of mach {i}')
+        loss.backward()
+        self.tallies[i].lesson(loss)
 
 
 # Copied from synchronous_single/trainer.py
 class Optimiser:
     """AdamW with one learning-rate cycle over the run; a step clears the grads.
 
-    Args:
-        parameters: those it owns.
-        learning_rate: at the peak of the cycle.
-        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
-        settings: has `steps`, the length of the cycle, and `warmup`, the share
-            of it before the peak.
+    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
     """
 
-    def __init__(self, parameters, learning_rate, weight_decay, settings):
-        self._adamw = torch.optim.AdamW(parameters,
-                                        lr=learning_rate,
+    def __init__(self, network, peak, weight_decay, settings):
+        self._adamw = torch.optim.AdamW(network.parameters(),
+                                        peak,
                                         weight_decay=weight_decay,
                                         fused=True)
+        total = settings.steps + 1
         self._cycle = torch.optim.lr_scheduler.OneCycleLR(
             self._adamw,
-            max_lr=learning_rate,
-            total_steps=settings.steps + 1,
-            pct_start=settings.warmup,
+            peak,
+            total,
+            pct_start=max(settings.warmup, 2 / total),  # a step at least
             cycle_momentum=False)
 
     def step(self):
         """Applies the gradients that have been accumulated, then drops them."""
         self._adamw.step()
         self._cycle.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad()
 
 
 # Copied from synchronous_single/trainer.py
-def check_finite(loss, name, step):
-    """Raises FloatingPointError, with its name and step, for a loss gone NaN."""
+def check_finite(loss, name):
+    """Raises FloatingPointError, with its name, for a loss that is none."""
     if not math.isfinite(loss.item()):
-        raise FloatingPointError(f'the {name} is {loss.item()} in step {step}')
+        raise FloatingPointError(f'the {name} is {loss.item()}')

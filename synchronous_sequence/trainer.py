@@ -1,284 +1,240 @@
-"""The delayed-gradient trainer of a row of MACHs, stepped in lockstep.
+"""The delayed-gradient trainer of k MACHs in lockstep, whatever their graph.
 
-Each MACH has its own optimiser and hears of the others by Grads alone. A Grad
-that crosses an edge is applied `delay` steps after it was computed, with the
-parameters of that later step; with `delay 0` this is plain backpropagation.
+All take each step together, on one thread, and ask each other by calls, so that
+nothing is left to chance. A Grad is applied exactly `delay` steps after it was
+computed, with the parameters of that later step. With `delay 0` that is before
+anybody's parameters change: backpropagation, through the graph unrolled to
+`depth`.
 """
 
-import collections
 import copy
 import dataclasses
 import math
+import typing
 
 import student as students
 import torch
 from torch.nn import functional
 
-
-@dataclasses.dataclass(frozen=True)
-class Grad:
-    """A backward message in flight.
-
-    Attributes:
-        x: [B, 784], normalised images.
-        gradient: [B, E], dL/dd(x) with L the loss of a MACH further up.
-        depth: how many edges further the gradient may travel.
-        computed: the step it was computed in.
-    """
-    x: torch.Tensor
-    gradient: torch.Tensor
-    depth: int
-    computed: int
+from mach import metrics
 
 
-class Component:
-    """One MACH of the row.
+# Copied from synchronous_single/trainer.py
+class Copy(typing.NamedTuple):
+    """What a MACH hands over of itself, the reader's to keep."""
+    tally: metrics.Tally
+    mach: torch.nn.Module | None = None  # None: it failed, or has not begun
+    student: torch.nn.Module | None = None  # None: it has no children
 
-    Args:
-        index: of this MACH, for messages.
-        mach: the network, on its device.
-        student: the synthetic inputs; None for the first in the row.
-        child: the Component before it; None for the first in the row.
-        settings: the hyperparameters of main.py.
-    """
 
-    def __init__(self, index, mach, student, child, settings):
-        self.index, self.mach, self.student = index, mach, student
-        self.child, self.settings = child, settings
-        self.grads = collections.deque()  # those in flight to it, oldest first
-        self.steps_taken = 0
-        self.staleness_total = self.staleness_max = self.grads_applied = 0
-        self.window = collections.Counter()
-        self._answers = {}  # (which x, depth) -> d(x), of this step
-        self._generator = torch.Generator().manual_seed(settings.seed * 1009 +
-                                                        index)
-        self._own_optimiser = Optimiser(mach.parameters(),
-                                        settings.learning_rate,
-                                        settings.weight_decay, settings)
-        if student is not None:
-            self._student_optimiser = Optimiser(student.parameters(),
-                                                settings.student_learning_rate,
-                                                0.0, settings)
-
-    @torch.no_grad()
-    def answer(self, x, depth):
-        """Answers a Spike: x [B, 784] -> d(x) [B, E], without graph or dropout.
-
-        At depth 0 on synthetic inputs; else its child is asked first.
-        """
-        key = (id(x), depth)  # in lockstep several parents may share an x
-        if key not in self._answers:
-            self._answers[key] = self.mach(x, self._inputs(x, depth))
-        return self._answers[key]
-
-    def learn(self, x, y):
-        """Backpropagates the losses on x [B, 784], y [B], and all Grads due.
-
-        One forward and one backward: own rows and Grads are one batch. Applies
-        nothing yet: with `delay 0` the child is still to learn from the Grads.
-
-        Raises:
-            FloatingPointError: a loss is not finite; no Grad was sent.
-        """
-        settings, rows = self.settings, len(x)
-        due = []
-        while (self.grads and
-               self.grads[0].computed + settings.delay <= self.steps_taken):
-            due.append(self.grads.popleft())
-        with self._autocast():
-            inputs = None
-            if self.child is not None:
-                depth = settings.depth if settings.inputs == 'real' else 0
-                inputs = torch.cat([self._inputs(x, depth)] + [
-                    self._inputs(grad.x, min(depth, grad.depth)) for grad in due
-                ]).requires_grad_()  # [R, 1, E], a leaf: the edge is cut here
-            local = self.mach.local_part(
-                torch.cat([x] + [grad.x for grad in due]))  # [R, E]
-            keep = self._dropout_mask(local, rows)
-            embedding = torch.relu(local * keep + self.mach.joined_part(inputs))
-            logits = self.mach.head(embedding[:rows]).to(embedding.dtype)
-            loss = functional.cross_entropy(
-                logits, y, label_smoothing=settings.label_smoothing)
-        self._check(loss, 'target loss')
-        torch.autograd.backward(
-            [loss] + ([embedding[rows:]] if due else []), [None] +
-            ([torch.cat([grad.gradient for grad in due])] if due else []))
-        self.window.update(steps=1,
-                           images=rows,
-                           loss=loss.item(),
-                           correct=(logits.argmax(1) == y).sum().item())
-        for grad in due:
-            self._note_staleness(grad)
-        if self.child is not None:
-            self._send_grads(x, due, inputs.grad.squeeze(1))
-            self._teach(x)
-
-    def update(self):
-        """Applies what `learn` has accumulated."""
-        self._own_optimiser.step()
-        if self.student is not None:
-            self._student_optimiser.step()
-        self._answers.clear()  # they were made with the old parameters
-        self.steps_taken += 1
-
-    def _inputs(self, x, depth):
-        """The inputs [B, 1, E] for x [B, 784], real if depth > 0; no graph."""
-        if self.child is None:
-            return None
-        with torch.no_grad():
-            if depth > 0:
-                return self.child.answer(x, depth - 1).unsqueeze(1)
-            return self.student(x)
-
-    def _send_grads(self, x, due, gradient):
-        """Sends gradient [R, E] to the child, in the pieces it belongs to."""
-        rows = len(x)
-        if self.settings.depth > 0:
-            self.child.grads.append(
-                Grad(x, gradient[:rows] * self.settings.grad_weight,
-                     self.settings.depth - 1, self.steps_taken))
-        for grad in due:
-            if grad.depth > 0:
-                self.child.grads.append(
-                    Grad(grad.x, gradient[rows:rows + len(grad.x)],
-                         grad.depth - 1, self.steps_taken))
-            rows += len(grad.x)
-
-    def _teach(self, x):
-        """The student's lesson: what the child answers about x [B, 784]."""
-        with self._autocast():
-            real = self.child.answer(x, max(0, self.settings.depth - 1))
-            loss = students.synthetic_loss(self.student(x), real.unsqueeze(1))
-        self._check(loss, 'synthetic loss')
-        loss.backward()
-        self.window['synthetic_loss'] += loss.item()
-
-    # Copied from asynchronous_sequence/trainer.py
-    def _dropout_mask(self, local, rows):
-        """A factor for local [R, E]: 0 or 1 / (1 - p) in own rows, 1 below."""
-        mask = torch.ones(local.shape)
-        if self.student is not None:  # else there is nothing to lean on
-            keep = 1 - self.settings.dropout
-            mask[:rows].bernoulli_(keep, generator=self._generator).div_(keep)
-        return mask.to(local)
-
-    def _note_staleness(self, grad):
-        staleness = self.steps_taken - grad.computed
-        self.staleness_total += staleness
-        self.staleness_max = max(self.staleness_max, staleness)
-        self.grads_applied += 1
-
-    def _check(self, loss, name):
-        check_finite(loss, f'{name} of mach {self.index}', self.steps_taken + 1)
-
-    # Copied from synchronous_single/trainer.py
-    def _autocast(self):
-        """bfloat16 products where `precision` says so."""
-        return torch.autocast(self.settings.device.split(':')[0],
-                              torch.bfloat16,
-                              enabled=self.settings.precision == 'bf16')
+@dataclasses.dataclass
+class Rows:
+    """One x, and what is due on it: rows that belong together in a forward."""
+    x: torch.Tensor  # [B, 784]
+    depth: int  # edges that the gradient of their inputs may travel
+    grad: torch.Tensor | None = None  # [B, E], a Grad to apply; None: own rows
+    computed: int = 0  # the step that the Grad was computed in
 
 
 class Trainer:
-    """Steps the MACHs of the row together.
+    """Trains k MACHs together: one `step` is one step of each of them.
 
     Args:
-        components: list of k, the first in the row first.
+        machs: list of k networks.
+        student_of: list of k; None for a MACH without children.
+        children: list of k lists: the MACHs that feed MACH i, in the order of
+            its joiner's inputs.
         batches: list of those with `next() -> (x [B, 784], y [B])`: one that all
             MACHs share, or one for each MACH's own local dataset.
+        settings: the hyperparameters of main.py.
     """
 
-    def __init__(self, components, batches):
-        self.components, self.batches = components, batches
+    def __init__(self, machs, student_of, children, batches, settings):
+        self.machs, self.student_of, self.children = machs, student_of, children
+        self.batches, self.settings = batches, settings
         self.steps_taken = 0
+        self.tallies = [metrics.Tally(i) for i in range(len(machs))]
+        self._grads = [[] for _ in machs]  # Rows in flight to each MACH
+        self._answers = {}  # (MACH, which x, depth) -> d(x), of this step
+        self._optimisers = [
+            Optimiser(mach, settings.learning_rate, settings.weight_decay,
+                      settings) for mach in machs
+        ] + [
+            Optimiser(student, settings.student_learning_rate, 0.0, settings)
+            for student in student_of
+            if student
+        ]
 
     def step(self):
         """One training step of every MACH.
-
-        Parents go first, so that with `delay 0` their Grads are there when the
-        child learns, and nobody's parameters change before all have learned.
 
         Raises:
             FloatingPointError: a loss is not finite; nothing was applied.
         """
         batches = [batches.next() for batches in self.batches]
-        for component in reversed(self.components):
-            x, y = batches[component.index % len(batches)]
-            component.learn(x, y)
-        for component in self.components:
-            component.update()
+        results = []
+        for i in range(len(self.machs)):
+            x, y = batches[i % len(batches)]
+            results.append((*self._learn(i, x, y), y))
+        while self.settings.delay == 0 and any(self._grads):
+            for i in range(len(self.machs)):
+                self._learn(i)
+        for optimiser in self._optimisers:
+            optimiser.step()
+        self._answers.clear()  # they were made with the old parameters
         self.steps_taken += 1
+        for tally, result in zip(self.tallies, results):
+            tally.step(*result)
 
-    def report(self):
-        """The log's `step` fields of each MACH since the last report."""
-        fields = {}
-        for component in self.components:
-            window, component.window = component.window, collections.Counter()
-            steps = max(1, window['steps'])
-            fields[component.index] = {
-                'loss': window['loss'] / steps,
-                'train': 100.0 * window['correct'] / max(1, window['images']),
-                'synthetic_loss': window['synthetic_loss'] / steps,
-                'staleness': self.staleness()[component.index]['staleness'],
-            }
-        return fields
+    def copy(self, networks=True):
+        """MACH -> Copy of it as it is now; of its counts alone if asked to."""
+        copies = {}
+        for i, tally in enumerate(self.tallies):
+            of = self.machs[i], self.student_of[i]
+            copies[i] = Copy(copy.copy(tally),
+                             *(copy.deepcopy(of) if networks else ()))
+        return copies
 
-    def staleness(self):
-        """How late each MACH's Grads were over the whole run, in steps."""
-        return {
-            component.index: {
-                'staleness':
-                    component.staleness_total / component.grads_applied
-                    if component.grads_applied else math.nan,
-                'staleness_max':
-                    component.staleness_max,
-                'dropped':
-                    0,
-            } for component in self.components
-        }
+    def _learn(self, i, x=None, y=None):
+        """Backpropagates the target loss of MACH i, if any, and all Grads due.
 
-    def copies(self):
-        """MACH's index -> a copy of (MACH, student), the reader's to keep."""
-        return {
-            component.index: (copy.deepcopy(component.mach),
-                              copy.deepcopy(component.student)
-                             ) for component in self.components
-        }
+        One forward, one backward: own rows and Grads are one batch. Nothing is
+        applied yet: others are still to answer, and to hear of it by Grads.
+
+        Args:
+            i: the MACH.
+            x: [B, 784], own rows, with labels y [B]; None without.
+        Returns:
+            The target loss and the logits [B, 10] of own rows; None without.
+        """
+        settings, mach = self.settings, self.machs[i]
+        own = 0 if x is None else len(x)
+        blocks = [] if x is None else [Rows(x, settings.depth)]
+        blocks += self._take_due(i)
+        if not blocks:
+            return None
+        inputs = None
+        if self.children[i]:  # a leaf: the edge is cut here
+            inputs = torch.cat([
+                self._inputs(i, rows.x,
+                             rows.depth * (settings.inputs == 'real'))
+                for rows in blocks
+            ]).requires_grad_()  # [R, C, E]
+        local = mach.local_part(torch.cat([rows.x for rows in blocks
+                                          ]))  # [R, E]
+        # Others' rows have no dropout: students would chase its noise.
+        dropped = functional.dropout(local[:own], settings.dropout)
+        local = torch.cat([dropped, local[own:]])
+        embedding = torch.relu(local + mach.joined_part(inputs))
+        roots, gradients, loss, logits = [], [], None, None
+        if own:
+            logits = mach.head(embedding[:own]).to(embedding.dtype)
+            loss = functional.cross_entropy(
+                logits, y, label_smoothing=settings.label_smoothing)
+            check_finite(loss, f'target loss of mach {i}')
+            roots, gradients = [loss], [None]
+        grads = [rows.grad for rows in blocks if rows.grad is not None]
+        if grads:
+            roots.append(embedding[own:])
+            gradients.append(torch.cat(grads))
+        torch.autograd.backward(roots, gradients)
+        if self.children[i]:
+            self._send_grads(i, blocks, inputs.grad)
+            if own:
+                self._teach(i, x)
+        return loss, logits
+
+    def _take_due(self, i):
+        """Takes the Grads that are to be applied by MACH i in this step."""
+        last = self.steps_taken - self.settings.delay
+        due = [rows for rows in self._grads[i] if rows.computed <= last]
+        self._grads[i] = [r for r in self._grads[i] if r.computed > last]
+        for rows in due:
+            self.tallies[i].grad(self.steps_taken - rows.computed)
+        return due
+
+    @torch.no_grad()
+    def _answer(self, i, x, depth):
+        """Answers a Spike: x [B, 784] -> d_i(x) [B, E], free of dropout."""
+        key = i, id(x), depth  # several parents may share an x
+        if key not in self._answers:
+            self._answers[key] = self.machs[i](x, self._inputs(i, x, depth))
+        return self._answers[key]
+
+    @torch.no_grad()
+    def _inputs(self, i, x, depth):
+        """Inputs of MACH i for x [B, 784]: real if depth > 0, else synthetic.
+
+        Returns:
+            [B, C, E], without a graph; None without children.
+        """
+        if not self.children[i]:
+            return None
+        if depth == 0:
+            return self.student_of[i](x)
+        return torch.stack(
+            [self._answer(child, x, depth - 1) for child in self.children[i]],
+            1)
+
+    def _send_grads(self, i, blocks, gradient):
+        """Puts gradient [R, C, E] of MACH i's inputs in flight to its children.
+
+        What several parents say to a child about one x is one Grad, their sum.
+        """
+        parts = gradient.split([len(rows.x) for rows in blocks])
+        for rows, part in zip(blocks, parts):
+            weight = 1.0 if rows.grad is not None else self.settings.grad_weight
+            for position, child in enumerate(self.children[i]):
+                if rows.depth == 0:
+                    continue
+                grad = Rows(rows.x, rows.depth - 1, weight * part[:, position],
+                            self.steps_taken)
+                for other in self._grads[child]:
+                    if (other.x is grad.x and other.depth == grad.depth and
+                            other.computed == grad.computed):
+                        other.grad = other.grad + grad.grad
+                        break
+                else:
+                    self._grads[child].append(grad)
+
+    def _teach(self, i, x):
+        """The student's lesson: what the children answer about x [B, 784]."""
+        real = self._inputs(i, x, max(1, self.settings.depth))  # [B, C, E]
+        loss = students.synthetic_loss(self.student_of[i](x), real)
+        check_finite(loss, f'synthetic loss of mach {i}')
+        loss.backward()
+        self.tallies[i].lesson(loss)
 
 
 # Copied from synchronous_single/trainer.py
 class Optimiser:
     """AdamW with one learning-rate cycle over the run; a step clears the grads.
 
-    Args:
-        parameters: those it owns.
-        learning_rate: at the peak of the cycle.
-        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
-        settings: has `steps`, the length of the cycle, and `warmup`, the share
-            of it before the peak.
+    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
     """
 
-    def __init__(self, parameters, learning_rate, weight_decay, settings):
-        self._adamw = torch.optim.AdamW(parameters,
-                                        lr=learning_rate,
+    def __init__(self, network, peak, weight_decay, settings):
+        self._adamw = torch.optim.AdamW(network.parameters(),
+                                        peak,
                                         weight_decay=weight_decay,
                                         fused=True)
+        total = settings.steps + 1
         self._cycle = torch.optim.lr_scheduler.OneCycleLR(
             self._adamw,
-            max_lr=learning_rate,
-            total_steps=settings.steps + 1,
-            pct_start=settings.warmup,
+            peak,
+            total,
+            pct_start=max(settings.warmup, 2 / total),  # a step at least
             cycle_momentum=False)
 
     def step(self):
         """Applies the gradients that have been accumulated, then drops them."""
         self._adamw.step()
         self._cycle.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad()
 
 
 # Copied from synchronous_single/trainer.py
-def check_finite(loss, name, step):
-    """Raises FloatingPointError, with its name and step, for a loss gone NaN."""
+def check_finite(loss, name):
+    """Raises FloatingPointError, with its name, for a loss that is none."""
     if not math.isfinite(loss.item()):
-        raise FloatingPointError(f'the {name} is {loss.item()} in step {step}')
+        raise FloatingPointError(f'the {name} is {loss.item()}')

@@ -12,19 +12,21 @@ Expect real 98.63 ± 0.05, synthetic 98.34 ± 0.04 (mean and deviation over 3
 seeds) in 50 s of training on two cores, fp32. Same seed, same log.
 """
 
+import os
 import signal
-import sys
 
-# Ctrl-C during the imports, which take seconds, must not print a traceback.
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+# Ctrl-C during the imports, which take seconds: an exception could be swallowed.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
-import operator
 import pathlib
 import queue
+import re
+import sys
 import threading
 import time
 import traceback
@@ -39,16 +41,14 @@ import student
 import trainer
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
-# GNU OpenMP stops spinning, at half the speed, once there are more pools of
-# threads than cores: so the trainer's thread is to have the only one.
 CORES = torch.get_num_threads()
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # the training thread is to have them all
 
 # ------------------------------------------------------------ hyperparameters
 
 
 def hparam(default, reason, *limits):
-    """A hyperparameter: default, unit or reason, and limits such as '>= 0'."""
+    """A hyperparameter: default, unit or reason, least and most, or choices."""
     return dataclasses.field(default=default,
                              metadata=dict(reason=reason, limits=limits))
 
@@ -58,324 +58,201 @@ class Hyperparameters:
     """Edit the defaults in place, or override one for a run: --name value."""
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
-    strict_data: bool = hparam(False, 'no drawn digits in its place')
-    validation: int = hparam(5000, 'images held out, for eval lines', '>= 0')
+    strict_data: bool = hparam(False, 'no drawn digits', 'False', 'True')
+    validation: int = hparam(5000, 'images held out, for eval lines', 10, 50000)
     # Run.
-    seed: int = hparam(0, 'of weights, shards, shuffles', '>= 0', '< 1e9')
-    steps: int = hparam(5000, 'training steps', '>= 1')
-    batch_size: int = hparam(128, 'images in a step', '>= 1')
-    log_every: int = hparam(200, 'steps', '>= 1')
-    evaluate_every: int = hparam(1000, 'steps, 0 for never', '>= 0')
-    device: str = hparam('cpu', 'cpu, cuda or cuda:N')
-    precision: str = hparam('auto', 'auto: the faster', 'in fp32 bf16 auto')
-    # Graph and messages.
-    delay: int = hparam(1, 'steps a Grad is late; 0 is backprop', '>= 0')
+    seed: int = hparam(0, 'of weights, shards, shuffles', 0, 10**9)
+    steps: int = hparam(5000, 'training steps', 1, 10**9)
+    batch_size: int = hparam(128, 'own images in a step', 1, 60000)
+    log_every: int = hparam(200, 'steps', 1, 10**9)
+    evaluate_every: int = hparam(1000, 'steps, 0 for never', 0, 10**9)
+    device: str = hparam('cpu', 'cpu, or cuda:N (written, never run)')
+    precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
+    dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
+    # Messages.
+    delay: int = hparam(1, 'steps a Grad is late; 0 is backprop', 0, 10000)
     # Networks.
-    embedding: int = hparam(64, 'units that a MACH answers with', '>= 1')
-    hidden: int = hparam(512, 'units, then half as many', '>= 2')
-    student_hidden: int = hparam(512, 'units in each of two layers', '>= 1')
+    embedding: int = hparam(64, 'units that a MACH answers with', 1, 16384)
+    hidden: int = hparam(512, 'units, then half as many', 2, 16384)
+    student_hidden: int = hparam(512, 'units in each of two layers', 1, 16384)
     # Optimisation: AdamW, one learning-rate cycle over the run.
-    learning_rate: float = hparam(0.001, 'peak', '>= 0')
-    student_learning_rate: float = hparam(0.001, 'peak', '>= 0')
-    warmup: float = hparam(0.1, 'share of steps to the peak', '> 0', '< 1')
-    weight_decay: float = hparam(0.05, 'not of the student', '>= 0')
-    label_smoothing: float = hparam(0.1, 'regularises', '>= 0', '< 1')
+    learning_rate: float = hparam(0.001, 'peak', 0, 1e6)
+    student_learning_rate: float = hparam(0.001, 'peak', 0, 1e6)
+    warmup: float = hparam(0.1, 'share of steps to the peak', 0, 0.999)
+    weight_decay: float = hparam(0.05, 'not of the student', 0, 1e6)
+    label_smoothing: float = hparam(0.1, 'regularises', 0, 0.999)
 
 
-def convert(field, value, others):
-    """One hyperparameter's value, from text or as edited in place.
+def reader(field):
+    """What reads one hyperparameter's text; argparse adds its name to errors."""
+    kind, limits = field.type, field.metadata['limits']
+    number = kind in (int, float)
 
-    Args:
-        field: its field of Hyperparameters.
-        value: to be read.
-        others: has those that come before it; a limit may name one.
-    Raises:
-        ArgumentTypeError: the wrong type, or outside of its limits.
-    """
-    kind = {bool: 'True or False', int: 'a whole number', float: 'a number'}
-    read = {bool: {'True': True, 'False': False}.__getitem__}
-    try:  # by way of text, so that what is edited in place is as strict
-        value = read.get(field.type, field.type)(str(value))
-        if field.type is float and not math.isfinite(value):
-            raise ValueError
-    except (KeyError, ValueError):
+    def read(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text) if number else text
+            if not limits or (limits[0] <= value <= limits[1]
+                              if number else value in limits):
+                return text == 'True' if kind is bool else value
+        wanted = (' to ' if number else ' or ').join(map(str, limits))
         raise argparse.ArgumentTypeError(
-            f'must be {kind[field.type]}, not {value!r}') from None
-    compare = {'>=': operator.ge, '>': operator.gt}
-    compare |= {'<=': operator.le, '<': operator.lt}
-    for limit in field.metadata['limits']:
-        sign, bound = limit.split(' ', 1)
-        if sign == 'in':
-            allowed = value in bound.split(' ')
-        else:
-            bound = getattr(others, bound, bound)
-            allowed = compare[sign](value, float(bound))
-            limit = f'{sign} {bound}'
-        if not allowed:
-            raise argparse.ArgumentTypeError(f'must be {limit}, not {value!r}')
-    return value
+            f'must be {kind.__name__}, {wanted}, not {text.strip()!r}')
 
-
-class Parser(argparse.ArgumentParser):
-    """Refuses bad input with one line and exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f'{EXPERIMENT}: {message}\n')
+    return read
 
 
 def read_hyperparameters(words):
-    """The defaults above with what the command line overrides.
+    """The defaults above with what `words` override: ['--k', '3', '--depth=0'].
 
-    Args:
-        words: such as ['--k', '3', '--weight-decay=0'].
+    Bad input ends the run with one line and exit status 2.
     """
-    parser = Parser(description=__doc__,
-                    allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    fields = dataclasses.fields(Hyperparameters)
-    for field in fields:
-        names = (f'--{field.name}', f'--{field.name.replace("_", "-")}')
-        reason = ', '.join(
-            (field.metadata['reason'], *field.metadata['limits']))
-        parser.add_argument(*dict.fromkeys(names),
-                            dest=field.name,
-                            default=field.default,
-                            metavar=field.type.__name__,
-                            help=f'{reason}; default {field.default}')
-    words = list(words)
-    for i in reversed(range(len(words) - 1)):  # join, so that -1e-3 is a value
-        if words[i].startswith('--') and not words[i + 1].startswith('--'):
-            if '=' not in words[i]:
-                words[i:i + 2] = [f'{words[i]}={words[i + 1]}']
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = lambda message: parser.exit(2, f'{EXPERIMENT}: {message}\n')
+    for field in dataclasses.fields(Hyperparameters):
+        limits, default = field.metadata['limits'], field.default
+        parser.add_argument(
+            f'--{field.name}',
+            f'--{field.name.replace("_", "-")}',
+            dest=field.name,
+            type=reader(field),
+            default=str(default),  # as text, so that an edit is checked too
+            metavar=field.type.__name__,
+            help=f'{field.metadata["reason"]} {limits}; default {default}')
+    # A space keeps argparse from taking a number such as -1e-3 for an option.
+    words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        name = unknown[0].split('=')[0]
-        near = difflib.get_close_matches(
-            name.lstrip('-').replace('-', '_'), vars(values), 1, 0.5)
-        hint = f'did you mean --{near[0]}?' if near else 'see --help'
-        parser.error(f'there is no hyperparameter {name}; {hint}')
-    for field in fields:
-        try:
-            value = convert(field, getattr(values, field.name), values)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f'--{field.name} {error}')
-        setattr(values, field.name, value)
-    here = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-    if values.device not in here + ['cuda'][:len(here) - 1]:
-        parser.error(f'--device must be one of {" ".join(here)} on this '
-                     f'machine, not {values.device!r}')
-    return Hyperparameters(**vars(values))
-
-
-# ----------------------------------------------------------------------- data
-
-
-def load_data(settings):
-    """The dataset, and an endless stream of batches of its training set.
-
-    Raises:
-        data.DataError: the folder, the split or the batch size cannot be.
-    """
-    dataset = data.load(settings.data, settings.validation,
-                        settings.strict_data)
-    everything, = data.make_shards(dataset.train_labels, 1, 'full',
-                                   settings.seed)
-    return dataset, data.Batches(dataset.train_images, dataset.train_labels,
-                                 everything, settings.batch_size, settings.seed,
-                                 settings.device)
+        near, = difflib.get_close_matches(unknown[0], vars(values), 1, 0)
+        parser.error(f'unknown: {unknown[0]}; the closest is --{near}')
+    devices = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+    if values.device not in devices:
+        parser.error(f'--device must be {" or ".join(devices)}')
+    try:
+        return Hyperparameters(**vars(values))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 # ---------------------------------------------------------------------- MACHs
 
 
-def make_trainers(settings, batches):
-    """One thread: a MACH without children, and a student of that MACH."""
+def make_trainers(settings, dataset):
+    """One trainer: of a MACH without children, and of a student of that MACH.
+
+    Raises:
+        data.DataError: the batch size cannot be.
+    """
+    batches, = data.deal(dataset, 1, 'full', settings.batch_size, settings.seed,
+                         settings.device)
     torch.manual_seed(settings.seed)
-    teacher = model.Mach(0, settings.hidden, settings.embedding)
-    learner = student.Student(1, settings.student_hidden, settings.embedding)
-    return {
-        'mach 0':
-            trainer.Trainer(teacher.to(settings.device),
-                            learner.to(settings.device), batches, settings)
-    }
+    with torch.device(settings.device):
+        teacher = model.Mach(0, settings.hidden, settings.embedding)
+        learner = student.Student(1, settings.student_hidden,
+                                  settings.embedding)
+    return [trainer.Trainer(teacher, learner, batches, settings)]
 
 
 # -------------------------------------------------------------------- threads
 
 
-class Worker(threading.Thread):
-    """Loops over the step of one trainer, which no other thread touches.
+def work(one, settings, events, halt):
+    """The training thread: it steps until `halt` is set.
+
+    Events to the main thread are (kind, content): 'step' with lists of fields;
+    'copy' and, at the end, 'ended' with what `copy()` gives, made here as no
+    other thread touches a MACH; 'failed' with its last counts and the reason.
 
     Args:
-        name: for messages.
-        trainer: has `step`, `report`, `staleness`, `copies`, `steps_taken`.
-        settings: the hyperparameters.
-        events: queue to the main thread, of (kind, worker, content).
+        one: the trainer of all MACHs.
     """
-
-    def __init__(self, name, trainer, settings, events):
-        super().__init__(name=name, daemon=True)
-        self.trainer, self.settings, self.events = trainer, settings, events
-        self.halt = threading.Event()  # set: stop after this step
-        self.rest = threading.Event()  # set: hand over a copy, rest until clear
-        self.watch = metrics.Stopwatch()
-
-    @property
-    def rate(self):
-        """Training steps a second so far."""
-        return self.trainer.steps_taken / max(self.watch.seconds, 1e-9)
-
-    def run(self):
-        """The thread's body; whatever happens ends in an event."""
-        torch.set_num_threads(CORES)
-        try:
-            self.watch.start()
-            while (self.trainer.steps_taken < self.settings.steps and
-                   not self.halt.is_set()):
-                self.trainer.step()
-                if self.trainer.steps_taken % self.settings.log_every == 0:
-                    lines = self.trainer.steps_taken, self.trainer.report()
-                    self.events.put(('step', self, lines))
-                if self.rest.is_set():
-                    self._rest()
-            self.watch.pause()
-            self.events.put(('done', self, self.trainer.copies()))
-        except FloatingPointError as error:  # a loss that is not finite
-            self.events.put(('failed', self, str(error)))
-        except Exception:  # pylint: disable=broad-except
-            self.events.put(('failed', self, traceback.format_exc().rstrip()))
-
-    def _rest(self):
-        """Lets the main thread evaluate a copy while the clock stands still."""
-        self.watch.pause()
-        self.events.put(('copy', self, self.trainer.copies()))
-        while self.rest.is_set() and not self.halt.is_set():
-            time.sleep(0.005)
-        if self.trainer.steps_taken < self.settings.steps:
-            self.watch.start()
+    torch.set_num_threads(CORES)
+    autocast = torch.autocast(settings.device.split(':')[0],
+                              torch.bfloat16,
+                              settings.precision == 'bf16',
+                              cache_enabled=False)  # weights change each step
+    every = settings.evaluate_every or settings.steps
+    for tally in one.tallies:
+        tally.begin()
+    try:
+        with autocast:
+            while one.steps_taken < settings.steps and not halt.is_set():
+                one.step()
+                if one.steps_taken % settings.log_every == 0:
+                    lines = [tally.report() for tally in one.tallies]
+                    events.put(('step', lines))
+                if (one.steps_taken % every == 0 or
+                        one.steps_taken == settings.steps):
+                    events.put(('copy', one.copy()))
+        events.put(('ended', one.copy()))
+    except Exception:  # pylint: disable=broad-except
+        reason = (f'training failed in step {one.steps_taken + 1}: '
+                  f'{traceback.format_exc()}')
+        events.put(('failed', (one.copy(networks=False), reason)))
 
 
-class Run:
-    """What the main thread does meanwhile: progress, log lines, evaluation.
+def train(trainers, settings, dataset, interrupted):
+    """Runs the threads and prints what they tell, until all have ended.
+
+    Nobody rests for an evaluation: whenever the slowest MACH has handed over a
+    copy, the main thread evaluates all the last ones, while they train on.
 
     Args:
-        settings: the hyperparameters.
-        dataset: to evaluate on.
-        trainers: name of each thread -> its trainer.
+        trainers: one for each thread.
+        interrupted: an event; once it is set, each thread ends after its step.
+    Returns:
+        A Copy of each MACH, without networks if it failed or, interrupted, is
+        too late to give some; and the set of those that failed.
     """
-
-    def __init__(self, settings, dataset, trainers):
-        self.settings, self.dataset = settings, dataset
-        self.events = queue.SimpleQueue()
-        self.workers = [
-            Worker(name, trainer, settings, self.events)
-            for name, trainer in trainers.items()
-        ]
-        self.copies = {}  # MACH -> (MACH, student) as last handed over
-        self.ended, self.failed = set(), set()  # workers
-        self._waiting = set()  # workers asked for a copy
-        self._next_evaluation = settings.evaluate_every or math.inf
-        self._bar = tqdm.tqdm(total=settings.steps * len(trainers),
-                              unit='step',
-                              disable=None)
-
-    def train(self):
-        """Trains to the end; KeyboardInterrupt ends it early, with copies."""
-        for worker in self.workers:
-            worker.start()
+    # Bounded, as memory is: evaluations that fall far behind hold training up.
+    events, halt = queue.Queue(4 * len(trainers)), threading.Event()
+    threads = [
+        threading.Thread(target=work,
+                         args=(one, settings, events, halt),
+                         daemon=True) for one in trainers
+    ]
+    copies = {}  # MACH -> its last Copy
+    for one in trainers:
+        copies |= one.copy(networks=False)
+    for thread in threads:
+        thread.start()
+    failed, ended, slowest, deadline = set(), 0, 0, math.inf
+    bar = tqdm.tqdm(total=settings.steps * len(trainers), disable=None)
+    while ended < len(trainers) and time.monotonic() < deadline:
+        bar.update(sum(one.steps_taken for one in trainers) - bar.n)
+        if interrupted.is_set() or slowest == settings.steps:
+            halt.set()
+            patience = 2 if interrupted.is_set() else 60  # seconds
+            deadline = min(deadline, time.monotonic() + patience)
         try:
-            while len(self.ended) < len(self.workers):
-                self._handle_event(timeout=0.1)
-                if self._mean_steps() >= self._next_evaluation:
-                    self._evaluate()
-        finally:
-            for worker in self.workers:
-                worker.halt.set()
-            deadline = time.monotonic() + 2
-            while (len(self.ended) < len(self.workers) and
-                   time.monotonic() < deadline):
-                self._handle_event(timeout=0.05)
-            for worker in self.workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
-            self._bar.close()
-
-    def _mean_steps(self):
-        steps = sum(worker.trainer.steps_taken for worker in self.workers)
-        self._bar.update(steps - self._bar.n)
-        return steps / len(self.workers)
-
-    def _handle_event(self, timeout):
-        try:
-            kind, worker, content = self.events.get(timeout=timeout)
+            kind, content = events.get(timeout=0.1)
         except queue.Empty:
-            return
+            continue
         if kind == 'step':
-            step, report = content
-            for i, fields in report.items():
-                self._print('step', step, i, dict(fields, rate=worker.rate))
-            return
-        self._waiting.discard(worker)
+            for fields in content:
+                metrics.say('step', **fields)
+            continue
+        ended += kind != 'copy'
         if kind == 'failed':
-            self.failed.add(worker)
-            for i in worker.trainer.staleness():
-                self.copies.pop(i, None)
-            step = worker.trainer.steps_taken + 1
-            print(
-                f'{EXPERIMENT}: {worker.name} failed in step {step}: '
-                f'{content}',
-                file=sys.stderr)
-        else:
-            self.copies.update(content)
-        if kind != 'copy':
-            self.ended.add(worker)
-
-    def _evaluate(self):
-        """Prints an eval line while the workers rest, each after its step."""
-        step = self._next_evaluation
-        self._next_evaluation += self.settings.evaluate_every
-        if step >= self.settings.steps:
-            self._next_evaluation = math.inf
-        running = [w for w in self.workers if w not in self.ended]
-        self._waiting = set(running)
-        for worker in running:
-            worker.rest.set()
-        deadline = time.monotonic() + 5  # who is slower is shown as it was
-        while self._waiting and time.monotonic() < deadline:
-            self._handle_event(timeout=0.1)
-        images, labels = self.dataset.test_images, self.dataset.test_labels
-        if self.settings.validation:
-            images = self.dataset.validation_images
-            labels = self.dataset.validation_labels
-        found = evaluate(self.copies, self.settings, images, labels)
-        for worker in running:
-            worker.rest.clear()
-        if found:
-            mean = metrics.mean_final(list(found.values()))
-            mean['seconds'] = max(w.watch.seconds for w in self.workers)
-            self._print('eval', step, 'mean', mean)
-
-    def finals(self):
-        """The `final` fields of each MACH there is a copy of: test accuracy."""
-        found = evaluate(self.copies, self.settings, self.dataset.test_images,
-                         self.dataset.test_labels)
-        return [
-            dict(mach=i,
-                 **found[i],
-                 steps=worker.trainer.steps_taken,
-                 rate=worker.rate,
-                 staleness=math.nan,
-                 staleness_max=0,
-                 dropped=0,
-                 seconds=worker.watch.seconds) | counts  # new keys go last
-            for worker in self.workers
-            for i, counts in worker.trainer.staleness().items()
-            if i in found
-        ]
-
-    def _print(self, kind, step, mach, fields):
-        fields = dict(dict(step=step, mach=mach), **fields)
-        self._bar.clear()
-        print(metrics.format_line(kind, **fields), flush=True)
+            content, reason = content
+            failed |= set(content)
+            print(f'{EXPERIMENT}: {reason}', file=sys.stderr)
+        copies |= content
+        before, slowest = slowest, min(
+            [copies[i].tally.steps for i in copies if i not in failed] or
+            [settings.steps])
+        if (kind == 'copy' and slowest > before and settings.evaluate_every and
+                not interrupted.is_set()):
+            mean = metrics.mean(
+                evaluate(copies, settings, dataset.validation_images,
+                         dataset.validation_labels))
+            seconds = max(copy.tally.seconds for copy in copies.values())
+            metrics.say('eval', step=slowest, **mean, seconds=seconds)
+    halt.set()
+    for thread in threads:
+        thread.join(0.1)
+    bar.close()
+    return copies, failed
 
 
 # ----------------------------------------------------------------- evaluation
@@ -383,25 +260,24 @@ class Run:
 
 @torch.no_grad()
 def evaluate(copies, settings, images, labels):
-    """Accuracies, in percent: the teacher's is `real`, its student's `synthetic`.
+    """Accuracies in percent: the teacher's is `real`, its student's `synthetic`.
 
     Args:
-        copies: 0 -> (MACH, student), handed over by their thread.
-        settings: the hyperparameters.
+        copies: 0 -> Copy.
         images: uint8 [N, 784]; labels: [N].
+    Returns:
+        A list of one dict(mach, synthetic, real); NaN without networks.
     """
-    found = {}
-    for i, (mach, learner) in copies.items():
-        logits = {'synthetic': [], 'real': []}
-        for chunk in images.split(1000):
-            x = data.normalise(chunk.to(settings.device))  # [B, 784]
-            logits['synthetic'].append(mach.head(learner(x)[:, 0]))
-            logits['real'].append(mach.head(mach(x)))
-        found[i] = {
-            name: metrics.accuracy(torch.cat(parts).cpu(), labels)
-            for name, parts in logits.items()
-        }
-    return found
+    _, mach, learner = copies[0]
+    if not mach:
+        return [dict(mach=0, synthetic=math.nan, real=math.nan)]
+    found = dict(mach=0, synthetic=0.0, real=0.0)
+    for chunk, y in zip(images.split(1000), labels.split(1000)):
+        x = data.normalise(chunk.to(settings.device))  # [B, 784]
+        for name, d in (('synthetic', learner(x)[:, 0]), ('real', mach(x))):
+            right = (mach.head(d).cpu().argmax(1) == y).sum().item()
+            found[name] += right * 100 / len(labels)
+    return [found]
 
 
 # -------------------------------------------------------------------- summary
@@ -411,56 +287,35 @@ def main(words):
     """Runs the experiment and prints its log; returns the exit status."""
     settings = read_hyperparameters(words)
     try:
-        dataset, batches = load_data(settings)
+        dataset = data.load(settings.data, settings.validation,
+                            settings.strict_data)
+        trainers = make_trainers(settings, dataset)
     except data.DataError as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         return 2
     settings.precision = metrics.choose_precision(settings.precision,
                                                   settings.device)
-    print(
-        metrics.format_line('run',
-                            experiment=EXPERIMENT,
-                            dataset=dataset.name,
-                            train=len(dataset.train_labels),
-                            validation=len(dataset.validation_labels),
-                            test=len(dataset.test_labels),
-                            seed=settings.seed,
-                            device=settings.device,
-                            precision=settings.precision,
-                            **metrics.run_fields()))
-    print(metrics.format_line('hparams', **dataclasses.asdict(settings)),
-          flush=True)
-    run, status = Run(settings, dataset, make_trainers(settings, batches)), 0
-    try:
-        run.train()
-    except KeyboardInterrupt:
-        status = 130
-    if run.failed and status == 0:
-        status = 1
-    finals = run.finals()
-    if finals:
-        finals.append(dict(metrics.mean_final(finals), mach='mean'))
-    for final in finals:
-        print(metrics.format_line(
-            'final',
-            **dict(
-                dict(experiment=EXPERIMENT,
-                     dataset=dataset.name,
-                     seed=settings.seed,
-                     mach=final['mach']), **final)),
-              flush=True)
-    return status
-
-
-def interrupt(*_):
-    """Ends the run, once: a second Ctrl-C must not cut the results off."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rest has deadlines
-    raise KeyboardInterrupt
+    metrics.say_run(EXPERIMENT, dataset, settings)
+    if settings.dry_run:
+        return 0
+    interrupted = threading.Event()  # from here on Ctrl-C has results to save
+    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    copies, failed = train(trainers, settings, dataset, interrupted)
+    torch.set_num_threads(CORES)
+    metrics.say_finals(EXPERIMENT, dataset, settings, [
+        found | copies[found['mach']].tally.totals() for found in evaluate(
+            copies, settings, dataset.test_images, dataset.test_labels)
+    ])
+    return 130 if interrupted.is_set() else int(bool(failed))
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except OSError as error:  # stdout is closed or full
+        print(f'{EXPERIMENT}: {error}', file=sys.stderr)
+        status = 1
+    os._exit(status)  # not held up by a thread in the midst of a step

@@ -8,10 +8,20 @@ back into the network below it, which is the teacher. That Grad is applied
 import collections
 import copy
 import math
+import typing
 
 import student as students
 import torch
 from torch.nn import functional
+
+from mach import metrics
+
+
+class Copy(typing.NamedTuple):
+    """What a MACH hands over of itself, the reader's to keep."""
+    tally: metrics.Tally
+    mach: torch.nn.Module | None = None  # None: it failed, or has not begun
+    student: torch.nn.Module | None = None  # None: it has no children
 
 
 class Trainer:
@@ -28,128 +38,78 @@ class Trainer:
         self.mach, self.student = mach, student
         self.batches, self.settings = batches, settings
         self.steps_taken = 0
+        self.tallies = [metrics.Tally(0)]
         self._grads = collections.deque()  # (step, x, gradient), oldest first
-        self._mach_optimiser = Optimiser(mach.parameters(),
-                                         settings.learning_rate,
-                                         settings.weight_decay, settings)
-        self._student_optimiser = Optimiser(student.parameters(),
+        self._optimiser = Optimiser(mach, settings.learning_rate,
+                                    settings.weight_decay, settings)
+        self._student_optimiser = Optimiser(student,
                                             settings.student_learning_rate, 0.0,
                                             settings)
-        self._staleness_total = self._grads_applied = self._staleness_max = 0
-        self._window = collections.Counter()
 
     def step(self):
         """One training step of the teacher and of the student.
 
         Raises:
-            FloatingPointError: the loss is not finite; nothing was applied.
+            FloatingPointError: a loss is not finite; nothing was applied.
         """
+        tally, = self.tallies
         x, y = self.batches.next()
-        with self._autocast():
-            with torch.no_grad():
-                embedding = self.mach(x)  # [B, E]
-            embedding.requires_grad_()  # a leaf: the edge is cut here
-            logits = self.mach.head(embedding).to(embedding.dtype)  # [B, 10]
-            loss = functional.cross_entropy(
-                logits, y, label_smoothing=self.settings.label_smoothing)
-        check_finite(loss, 'target loss', self.steps_taken + 1)
+        with torch.no_grad():
+            embedding = self.mach(x)  # [B, E]
+        embedding.requires_grad_()  # a leaf: the edge is cut here
+        logits = self.mach.head(embedding).to(x.dtype)  # [B, 10]
+        loss = functional.cross_entropy(
+            logits, y, label_smoothing=self.settings.label_smoothing)
+        check_finite(loss, 'target loss')
         loss.backward()  # the head's own gradients, and the Grad [B, E]
         self._grads.append((self.steps_taken, x, embedding.grad))
         if len(self._grads) > self.settings.delay:
-            self._apply_grad(*self._grads.popleft())
-        with self._autocast():
-            synthetic_loss = students.synthetic_loss(self.student(x),
-                                                     embedding.unsqueeze(1))
-        check_finite(synthetic_loss, 'synthetic loss', self.steps_taken + 1)
+            computed, late, gradient = self._grads.popleft()
+            self.mach(late).backward(gradient)  # d(x) as it is computed now
+            tally.grad(self.steps_taken - computed)
+        synthetic_loss = students.synthetic_loss(self.student(x),
+                                                 embedding.unsqueeze(1))
+        check_finite(synthetic_loss, 'synthetic loss')
         synthetic_loss.backward()
-        self._mach_optimiser.step()
+        self._optimiser.step()
         self._student_optimiser.step()
         self.steps_taken += 1
-        self._window.update(steps=1,
-                            images=len(x),
-                            loss=loss.item(),
-                            synthetic_loss=synthetic_loss.item(),
-                            correct=(logits.argmax(1) == y).sum().item())
+        tally.lesson(synthetic_loss)
+        tally.step(loss, logits, y)
 
-    def _apply_grad(self, computed, x, gradient):
-        """Backpropagates gradient [B, E] into d(x) as it is computed now."""
-        with self._autocast():
-            embedding = self.mach(x)
-        embedding.backward(gradient)
-        staleness = self.steps_taken - computed
-        self._staleness_total += staleness
-        self._staleness_max = max(self._staleness_max, staleness)
-        self._grads_applied += 1
-
-    def _autocast(self):
-        """bfloat16 products where `precision` says so."""
-        return torch.autocast(self.settings.device.split(':')[0],
-                              torch.bfloat16,
-                              enabled=self.settings.precision == 'bf16')
-
-    def report(self):
-        """The log's `step` fields of each MACH since the last report."""
-        window, self._window = self._window, collections.Counter()
-        steps = max(1, window['steps'])
-        return {
-            0: {
-                'loss': window['loss'] / steps,
-                'train': 100.0 * window['correct'] / max(1, window['images']),
-                'synthetic_loss': window['synthetic_loss'] / steps,
-                'staleness': self.staleness()[0]['staleness'],
-            }
-        }
-
-    def staleness(self):
-        """How late each MACH's Grads were over the whole run, in steps."""
-        return {
-            0: {
-                'staleness':
-                    self._staleness_total /
-                    self._grads_applied if self._grads_applied else math.nan,
-                'staleness_max':
-                    self._staleness_max,
-                'dropped':
-                    0,
-            }
-        }
-
-    def copies(self):
-        """MACH's index -> a copy of (MACH, student), the reader's to keep."""
-        return {0: (copy.deepcopy(self.mach), copy.deepcopy(self.student))}
+    def copy(self, networks=True):
+        """MACH -> Copy of it as it is now; of its counts alone if asked to."""
+        of = (self.mach, self.student) if networks else ()
+        return {0: Copy(copy.copy(self.tallies[0]), *copy.deepcopy(of))}
 
 
 class Optimiser:
     """AdamW with one learning-rate cycle over the run; a step clears the grads.
 
-    Args:
-        parameters: those it owns.
-        learning_rate: at the peak of the cycle.
-        weight_decay: decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
-        settings: has `steps`, the length of the cycle, and `warmup`, the share
-            of it before the peak.
+    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
     """
 
-    def __init__(self, parameters, learning_rate, weight_decay, settings):
-        self._adamw = torch.optim.AdamW(parameters,
-                                        lr=learning_rate,
+    def __init__(self, network, peak, weight_decay, settings):
+        self._adamw = torch.optim.AdamW(network.parameters(),
+                                        peak,
                                         weight_decay=weight_decay,
                                         fused=True)
+        total = settings.steps + 1
         self._cycle = torch.optim.lr_scheduler.OneCycleLR(
             self._adamw,
-            max_lr=learning_rate,
-            total_steps=settings.steps + 1,
-            pct_start=settings.warmup,
+            peak,
+            total,
+            pct_start=max(settings.warmup, 2 / total),  # a step at least
             cycle_momentum=False)
 
     def step(self):
         """Applies the gradients that have been accumulated, then drops them."""
         self._adamw.step()
         self._cycle.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.zero_grad()
 
 
-def check_finite(loss, name, step):
-    """Raises FloatingPointError, with its name and step, for a loss gone NaN."""
+def check_finite(loss, name):
+    """Raises FloatingPointError, with its name, for a loss that is none."""
     if not math.isfinite(loss.item()):
-        raise FloatingPointError(f'the {name} is {loss.item()} in step {step}')
+        raise FloatingPointError(f'the {name} is {loss.item()}')
