@@ -292,11 +292,16 @@ class Trainer:
         return inputs, torch.relu(local + self.mach.joined_part(inputs))
 
     def _gather(self, served, embedding):
-        """What Grads say of embedding [R, E]; the staler, the less they weigh.
+        """What Grads say of embedding [R, E], so that late ones do no harm.
 
-        In inverse proportion, from `stale_after` steps on (Zhang et al. 2016,
-        arXiv 1511.05950): fresh ones weigh much, and would make the loop of
-        MACHs unstable if they came late.
+        The staler, the less they weigh: in inverse proportion, from
+        `stale_after` steps on (Zhang et al. 2016, arXiv 1511.05950).
+
+        And what they say of a row's mean and of its component along d - mean(d)
+        is left out. The parents' joiners normalise, so they see neither, and a
+        gradient taken at the d that is there has neither. One taken at a
+        student's output, or at a d of long ago, has: it would push scale and
+        offset on and on, as nothing the parents see ever changes.
         """
         gradient, after = torch.zeros_like(embedding), self.settings.stale_after
         for rows, part in zip(served, split(gradient, served)):
@@ -304,6 +309,11 @@ class Trainer:
                 staleness = self.steps_taken - rows.grad.version
                 part += rows.grad.gradient * (after / max(after, staleness))
                 self.tally.grad(staleness)
+        if self.settings.inputs == 'synthetic':
+            unseen = embedding.detach()
+            unseen = functional.layer_norm(unseen, unseen.shape[-1:])
+            gradient -= gradient.mean(1, keepdim=True)
+            gradient -= unseen * (unseen * gradient).mean(1, keepdim=True)
         return gradient
 
     def _teach(self):

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import types
 
 import pytest
 
@@ -59,6 +59,12 @@ def make(tmp_path):
 
 def command(*arguments):
     return [sys.executable, str(MAIN), *map(str, arguments)]
+
+
+@pytest.fixture(autouse=True)
+def buffered(monkeypatch):
+    """As by default; else what is not flushed would be shown all the same."""
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
 
 
 def launch(tmp_path, *arguments):
@@ -303,6 +309,20 @@ def test_a_child_does_not_outlive_a_killed_parent(tmp_path, make):
     process, child = start(tmp_path, '--only', make('a', body=SLEEP))
     process.terminate()
     assert end(process)[0] == 143 and gone(child)
+
+
+def test_the_last_line_before_the_end_is_shown(tmp_path, capsys):
+    with open(tmp_path / 'log', 'wb') as to, open(tmp_path / 'log',
+                                                  'rb') as log:
+
+        def poll():
+            to.write(b'last\n')
+            to.flush()
+            return 3
+
+        process = types.SimpleNamespace(poll=poll)
+        assert main.follow(process, log, float('inf')) == 3
+    assert capsys.readouterr().out == 'last\n'
 
 
 def test_an_orphan_that_holds_the_output_open_hangs_nothing(tmp_path, make):

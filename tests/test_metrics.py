@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import math
 import re
 import statistics
@@ -17,6 +18,7 @@ from mach import metrics
 NAN = math.nan
 
 
+@pytest.mark.filterwarnings('error')
 def test_tally_counts(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
@@ -30,7 +32,7 @@ def test_tally_counts(monkeypatch):
         tally.step(loss, logits, y)
     tally.step(0.0, logits[:2], y[:2])  # images count, not batches
     now[0] += 9  # after the last step
-    for staleness in 1, 4:
+    for staleness in 4, 1:
         tally.grad(staleness)
     tally.lesson(torch.tensor(3.0))
     tally.lesson(5.0)
@@ -192,6 +194,10 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
     assert log.finals == [head | line for line in finals + [log.mean]]
     assert [list(line) for line in log.finals] == [list(head | finals[0])] * 4
     assert out.split('\n')[2] == 'step  4  mach 0  loss 0.5000' and err == ''
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown))
+    metrics.say('step', step=1)
+    assert shown.getvalue() == b'step  1\n'  # at once
     monkeypatch.setattr(sys, 'stdout', None)  # as after `>&-`
     with pytest.raises(OSError):
         metrics.say('step', step=1)

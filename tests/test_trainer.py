@@ -1,0 +1,1281 @@
+"""What must hold of the trainers: the invariants, whatever the timing.
+
+No test looks at a real clock: seconds pass when the test says so, and what could
+wait for ever runs `within` a generous limit.
+"""
+
+import collections
+import math
+import queue
+import threading
+import types
+
+import conftest
+import pytest
+import torch
+from torch.nn import functional
+
+from mach import metrics
+
+FOLDERS = conftest.SYNCHRONOUS + conftest.ASYNCHRONOUS
+GRAPHS = {  # the children of each MACH
+    'chain': [[], [0], [1], [2]],
+    'diamond': [[], [0], [0, 1], [1, 2]],
+    'full': [[], [0], [0, 1], [0, 1, 2]],
+    'cycle': [[1, 2], [0, 2], [0, 1]],
+}
+COMPLETE = GRAPHS['cycle']
+E = 6  # width of an embedding
+
+all_folders = pytest.mark.parametrize('folder', FOLDERS)
+asynchronous = pytest.mark.parametrize('folder', conftest.ASYNCHRONOUS)
+synchronous = pytest.mark.parametrize('folder', conftest.SYNCHRONOUS[1:])
+both_inputs = pytest.mark.parametrize('inputs', ['synthetic', 'real'])
+
+
+@pytest.fixture(name='still')
+def _still(monkeypatch):
+    """Optimisers that leave the parameters and let their grads add up."""
+    for folder in FOLDERS:
+        monkeypatch.setattr(
+            conftest.load(folder).trainer, 'Optimiser', conftest.Still)
+
+
+@pytest.fixture(name='tripled')
+def _tripled(monkeypatch):
+    """Dropout of 0.5 that leaves nothing to chance: it triples its rows."""
+    monkeypatch.setattr(functional, 'dropout', lambda rows, p:
+                        (1 + 4 * p) * rows)
+
+
+class Descend:
+    """Plain gradient descent."""
+
+    def __init__(self, network, peak, weight_decay, settings):
+        del weight_decay, settings
+        self._parameters, self._rate = list(network.parameters()), peak
+
+    @torch.no_grad()
+    def step(self):
+        """Applies the gradients, then drops them."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter -= self._rate * parameter.grad
+                parameter.grad = None
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Sink:
+    """A link that leads to the test."""
+    lost = 0
+
+    def __init__(self):
+        self.messages = []
+
+    def send(self, message):
+        self.messages.append(message)
+
+    def take(self, kind):
+        """All messages of one kind, by its name, since the last call."""
+        taken = [m for m in self.messages if type(m).__name__ == kind]
+        self.messages = [m for m in self.messages if type(m).__name__ != kind]
+        return taken
+
+
+def tensors(message):
+    return [value for value in vars(message).values() if torch.is_tensor(value)]
+
+
+def record(link, sent):
+    """Has a link keep each message and what it said when it was sent."""
+    send = link.send
+    link.send = lambda message: (sent.append(
+        (message, [t.clone() for t in tensors(message)])), send(message))
+    return link
+
+
+def random(seed, rows, width):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float64)
+
+
+def random_x(seed, rows=4):
+    return random(seed, rows, conftest.PIXELS)
+
+
+def random_d(seed, rows=4):
+    return random(seed, rows, E)
+
+
+def make_networks(folder, children):
+    """Of each MACH its network and its student (None without children)."""
+    modules, made = conftest.load(folder), []
+    torch.manual_seed(3)
+    for own in children:
+        mach = modules.model.Mach(len(own), 8, E, conftest.PIXELS).double()
+        student = None
+        if own:
+            student = modules.student.Student(len(own), 7, E,
+                                              conftest.PIXELS).double()
+        made.append((mach, student))
+    return made
+
+
+def make_lone(folder, children=(0,), parents=(9,), clock=lambda: 0.0, **names):
+    """MACH 5, whose neighbours are the test: its trainer, each one's Sink."""
+    (mach, student), = make_networks(folder, [children])
+    trainer = conftest.load(folder).trainer.Trainer(
+        5, mach, student, list(children), conftest.Batches(7),
+        conftest.make_settings(**names))
+    trainer.mailbox.clock = clock
+    trainer.links = {i: Sink() for i in (*children, *parents)}
+    return trainer, trainer.links
+
+
+def make_many(folder, children, clock=lambda: 0.0, loss=0.0, sent=None,
+              **names):
+    """One trainer for each MACH, connected; nothing runs yet."""
+    modules, settings = conftest.load(folder), conftest.make_settings(**names)
+    made = [
+        modules.trainer.Trainer(i, *networks, children[i],
+                                conftest.Batches(100 + i), settings)
+        for i, networks in enumerate(make_networks(folder, children))
+    ]
+    for one in made:
+        one.mailbox.clock = clock
+        for child in one.children:
+            for i, j in ((one.index, child), (child, one.index)):
+                out = modules.link.Link(made[j].mailbox, settings.latency,
+                                        settings.jitter, loss, f'{i} {j}')
+                made[i].links[j] = record(out, [] if sent is None else sent)
+    return made
+
+
+def make_all(folder, graph=None, shared=False, **names):
+    """A whole experiment: trainers, machs, students, children and batches."""
+    children = graph or (COMPLETE if 'kgraph' in folder else GRAPHS['chain'])
+    if folder in conftest.ASYNCHRONOUS:
+        trainers = make_many(folder, children, **names)
+        networks = [(one.mach, one.student) for one in trainers]
+        batches = [one.batches for one in trainers]
+    else:
+        single = folder == 'synchronous_single'
+        networks = make_networks(folder, [[]] if single else children)
+        batches = [
+            conftest.Batches(20 + i) for i in range(1 if shared else len(networks))
+        ]
+        machs, students = map(list, zip(*networks))
+        given = machs, students, children, batches
+        if single:  # its student is of the MACH itself
+            networks = [(machs[0], make_networks(folder, [[0]])[0][1])]
+            given = *networks[0], batches[0]
+        trainers = [
+            conftest.load(folder).trainer.Trainer(
+                *given, conftest.make_settings(**names))
+        ]
+    machs, students = zip(*networks)
+    return types.SimpleNamespace(trainers=trainers,
+                                 machs=machs,
+                                 students=students,
+                                 learners=[s for s in students if s],
+                                 children=children,
+                                 batches=batches)
+
+
+def take_step(one, trainers):
+    """One step of it; whenever it waits, the others serve."""
+
+    def serve():
+        for _ in range(2):
+            for other in reversed(trainers):
+                if other is not one:
+                    other.serve(0.0)
+
+    one.step(serve)
+
+
+def held(trainer):
+    """Name of each container of a trainer -> how much it holds."""
+    sizes = {name: len(value) for name, value in vars(trainer).items()
+             if isinstance(value, dict) and name != 'links'}
+    assert {'_asked', '_lessons', '_served', '_relayed'} <= set(sizes)
+    return sizes | {'mailbox': len(trainer.mailbox._messages)}
+
+
+def snapshot(*networks):
+    """All parameters as they are now, in one vector."""
+    return torch.cat([
+        p.detach().flatten().clone() for network in networks if network
+        for p in network.parameters()
+    ])
+
+
+def grads(*networks):
+    """What has arrived in `grad` of all parameters; zeros where nothing has."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                      for network in networks if network
+                      for p in network.parameters()])
+
+
+def assert_close(found, expected):
+    assert expected.norm() > 0
+    assert (found - expected).norm() / expected.norm() < 1e-10
+
+
+def entropy(mach, d, y):
+    return functional.cross_entropy(mach.head(d), y, label_smoothing=0.1)
+
+
+def gradient(root, networks, pull=None):
+    """Autograd's gradient of all parameters, in one vector."""
+    parameters = [p for network in networks for p in network.parameters()]
+    found = torch.autograd.grad(root, parameters, pull, retain_graph=True,
+                                allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
+                      for p, g in zip(parameters, found)])
+
+
+def alone(mach, x, inputs, y=None, pull=None, dropout=False):
+    """One x by itself: d(x), the gradients of the MACH and of its inputs."""
+    local = mach.local_part(x) * (3 if dropout else 1)
+    if inputs is not None:
+        inputs = inputs.detach().clone().requires_grad_()
+    d = torch.relu(local + mach.joined_part(inputs))
+    root = d if y is None else entropy(mach, d, y)
+    sent = None
+    if inputs is not None:
+        sent, = torch.autograd.grad(root, inputs, pull, retain_graph=True)
+    return d.detach(), gradient(root, [mach], pull), sent
+
+
+def visible(d, pull):
+    """Of a pull at d(x) what parents can mean: they see no scale, no offset."""
+    basis, _ = torch.linalg.qr(torch.stack([torch.ones_like(d), d], -1))
+    return pull - (basis @ (basis.mT @ pull.unsqueeze(-1))).squeeze(-1)
+
+
+def embed(run, i, x, depth):
+    """d_i(x), real down to `depth`, as one composed function."""
+    inputs = None
+    if run.children[i]:
+        inputs = run.students[i](x).detach()
+        if depth > 0:
+            inputs = torch.stack(
+                [embed(run, child, x, depth - 1) for child in run.children[i]],
+                1)
+    return run.machs[i](x, inputs)
+
+
+# ------------------------------- it is backpropagation when nothing is late
+
+
+def assert_backpropagation(run, depth):
+    total = 0.0
+    for i, mach in enumerate(run.machs):
+        x, y = run.batches[i % len(run.batches)].taken[0]
+        total += entropy(mach, embed(run, i, x, depth), y)
+    assert_close(grads(*run.machs), gradient(total, run.machs))
+
+
+@asynchronous
+@pytest.mark.parametrize('graph', ['chain', 'diamond', 'full'])
+def test_backpropagation_over_links(folder, graph, still):
+    run = make_all(folder, GRAPHS[graph], inputs='real', depth=3)
+    for one in reversed(run.trainers):  # parents first: no Grad is late
+        take_step(one, run.trainers)
+        assert one.tally.dropped == 0
+    assert_backpropagation(run, 3)
+
+
+@synchronous
+@pytest.mark.parametrize('graph', GRAPHS)
+@pytest.mark.parametrize('depth', [1, 3])
+@pytest.mark.parametrize('shared', [True, False])
+def test_backpropagation_in_lockstep(folder, graph, depth, shared, still):
+    """At delay 0, through cycles unrolled to `depth`."""
+    run = make_all(folder, GRAPHS[graph], shared, inputs='real', depth=depth)
+    run.trainers[0].step()
+    assert_backpropagation(run, depth)
+
+
+# ---------------------------------------------- lockstep: the delay is exact
+
+
+class Replay:
+    """The same MACHs, trained by plain descent, one message at a time."""
+
+    def __init__(self, folder, run, settings):
+        machs, students = zip(*make_networks(folder, run.children))
+        self.run = types.SimpleNamespace(machs=machs, students=students,
+                                         children=run.children)
+        self.batches = [conftest.Batches(20 + i) for i in range(len(run.batches))]
+        self.settings, self.flying, self.steps = settings, [], 0
+
+    def inputs(self, i, x, depth):
+        if not self.run.children[i]:
+            return None
+        if depth == 0:
+            return self.run.students[i](x)
+        return torch.stack(
+            [embed(self.run, c, x, depth - 1) for c in self.run.children[i]], 1)
+
+    def step(self):
+        run, settings = self.run, self.settings
+        batches = [batches.next() for batches in self.batches]
+        work = []
+        for i in range(len(run.machs)):
+            x, y = batches[i % len(batches)]
+            work.append((self.steps, i, x, settings.depth, y, None))
+        totals = [0.0] * len(run.machs)
+        lessons = {}
+        for i, student in enumerate(run.students):
+            if student:
+                x = work[i][2]
+                real = self.inputs(i, x, max(1, settings.depth)).detach()
+                loss = (student(x) - real).square().sum() / len(x)
+                lessons[student] = gradient(loss, [student])
+        due = work + [m for m in self.flying if m[0] == self.steps]
+        self.flying = [m for m in self.flying if m[0] != self.steps]
+        while due:
+            _, i, x, depth, y, pull = due.pop()
+            real = depth if settings.inputs == 'real' else 0
+            _, own, sent = alone(run.machs[i], x, self.inputs(i, x, real), y,
+                                 pull, dropout=y is not None)
+            totals[i] = totals[i] + own
+            for position, child in enumerate(run.children[i]):
+                if depth > 0:
+                    weight = 1 if y is None else settings.grad_weight
+                    message = (self.steps + settings.delay, child, x, depth - 1,
+                               None, weight * sent[:, position])
+                    (self.flying if settings.delay else due).append(message)
+        for network, total in [*zip(run.machs, totals), *lessons.items()]:
+            self.descend(network, total)
+        self.steps += 1
+
+    @torch.no_grad()
+    def descend(self, network, total):
+        for p in network.parameters():
+            p -= 0.3 * total[:p.numel()].view_as(p)
+            total = total[p.numel():]
+
+
+@synchronous
+@both_inputs
+@pytest.mark.parametrize('delay', [0, 1, 3])
+@pytest.mark.parametrize('depth', [0, 2])
+@pytest.mark.parametrize('shared', [True, False])
+def test_each_grad_is_applied_delay_steps_later(folder, inputs, delay, depth,
+                                                shared, monkeypatch, tripled):
+    """With the parameters of that later step, as are its inputs.
+
+    Own rows alone have dropout; `grad_weight` is of the first edge alone.
+    """
+    monkeypatch.setattr(conftest.load(folder).trainer, 'Optimiser', Descend)
+    names = dict(inputs=inputs, delay=delay, depth=depth, grad_weight=2.0,
+                 dropout=0.5, learning_rate=0.3, student_learning_rate=0.3)
+    run = make_all(folder, shared=shared, **names)
+    replay = Replay(folder, run, conftest.make_settings(**names))
+    for step in range(2 * delay + 2):
+        run.trainers[0].step()
+        replay.step()
+        assert_close(snapshot(*run.machs), snapshot(*replay.run.machs))
+        assert_close(snapshot(*run.students), snapshot(*replay.run.students))
+        parents = set(sum(run.children, [])) if depth else ()
+        for i, tally in enumerate(run.trainers[0].tallies):
+            late = delay if i in parents and step >= delay else math.nan
+            assert tally.staleness == pytest.approx(late, nan_ok=True)
+            assert tally.staleness_max == (late if late > 0 else 0)
+
+
+@pytest.mark.parametrize('delay', [0, 1, 3])
+def test_single_applies_each_grad_delay_steps_later(delay, monkeypatch):
+    folder = 'synchronous_single'
+    monkeypatch.setattr(conftest.load(folder).trainer, 'Optimiser', Descend)
+    run = make_all(folder, delay=delay, learning_rate=0.3,
+                   student_learning_rate=0.3)
+    mach, = make_networks(folder, [[]])[0][:1]
+    student = make_networks(folder, [[0]])[0][1]
+    flying, trainer = [], run.trainers[0]
+    for step in range(7):
+        trainer.step()
+        x, y = run.batches[0].taken[-1]
+        d = mach(x).detach().requires_grad_()
+        loss = entropy(mach, d, y)
+        total = gradient(loss, [mach])  # the head's
+        flying.append((x, torch.autograd.grad(loss, d)[0]))
+        if step >= delay:
+            late, pull = flying[step - delay]
+            total += gradient(mach(late), [mach], pull)
+            assert trainer.tallies[0].staleness == delay
+        distance = (student(x) - d.detach().unsqueeze(1)).square()
+        lesson = gradient(distance.sum() / len(x), [student])
+        Replay.descend(None, mach, total)
+        Replay.descend(None, student, lesson)
+        assert_close(snapshot(*run.machs), snapshot(mach))
+        assert_close(snapshot(*run.students), snapshot(student))
+
+
+@synchronous
+@pytest.mark.parametrize('shared, flying', [(True, 1), (False, 2)])
+def test_grads_of_several_parents_about_one_x_are_one(folder, shared, flying):
+    trainer, = make_all(folder, COMPLETE, shared, delay=1).trainers
+    trainer.step()
+    assert [len(rows) for rows in trainer._grads] == [flying] * 3
+
+
+@pytest.mark.parametrize('folder', conftest.SYNCHRONOUS)
+def test_the_same_seed_gives_the_same_bits(folder):
+    found = []
+    for seed in (5, 5, 6):
+        run = make_all(folder, delay=2, depth=2, dropout=0.5)
+        torch.manual_seed(seed)
+        for _ in range(5):
+            run.trainers[0].step()
+        found.append(snapshot(*run.machs, *run.students))
+    assert torch.equal(found[0], found[1])
+    if folder != 'synchronous_single':  # it has no dropout
+        assert not torch.equal(found[0], found[2])
+
+
+# ------------------------------------------------------- losses in their lane
+
+
+def run_all(folder, steps=3, **names):
+    """A whole experiment after a few steps in this thread."""
+    run = make_all(folder, **names)
+    for _ in range(steps):
+        for trainer in run.trainers:
+            trainer.step()
+    return run
+
+
+@all_folders
+@pytest.mark.parametrize('delay', [0, 1])
+def test_no_gradient_leaves_its_lane(folder, delay, still, monkeypatch):
+    found = []
+    owner = conftest.load(folder).student
+    for where, name in ((None, None), (owner, 'synthetic_loss'),
+                        (functional, 'cross_entropy')):
+        with monkeypatch.context() as patch:
+            if where:
+                loss = getattr(where, name)
+                patch.setattr(where, name, lambda *a, loss=loss, **b: 8 * loss(
+                    *a, **b))  # which is exact
+            run = run_all(folder, delay=delay)
+        found.append((grads(*run.machs), grads(*run.learners)))
+    (target, synthetic), *scaled = found
+    assert target.norm() > 0 and synthetic.norm() > 0
+    for (one, other), factors in zip(scaled, ((1, 8), (8, 1))):
+        assert torch.equal(one, factors[0] * target)
+        assert torch.equal(other, factors[1] * synthetic)
+
+
+@all_folders
+@pytest.mark.parametrize('still_one', ['machs', 'learners'])
+def test_no_optimiser_leaves_its_lane(folder, still_one):
+    rate = dict(machs='learning_rate', learners='student_learning_rate')
+    before = run_all(folder, steps=0)
+    run = run_all(folder, **{rate[still_one]: 0.0})
+    for name in rate:
+        same = torch.equal(snapshot(*getattr(before, name)),
+                           snapshot(*getattr(run, name)))
+        assert same == (name == still_one)
+
+
+@pytest.mark.parametrize('folder', FOLDERS[1:])
+@pytest.mark.parametrize('depth', [0, 1])
+def test_labels_of_others_reach_a_mach_by_grads_alone(folder, depth, still):
+    found = []
+    for change in (0, 1):
+        run = make_all(folder, depth=depth)
+        last = run.batches[-1]
+        last.next = lambda x_y=last.next, change=change: (lambda x, y: (
+            x, (y + change) % conftest.CLASSES))(*x_y())
+        for trainer in 2 * run.trainers:
+            trainer.step()
+        found.append([grads(mach) for mach in run.machs])
+    changed = {i for i, (one, other) in enumerate(zip(*found))
+               if not torch.equal(one, other)}
+    last = len(run.machs) - 1
+    assert changed == {last, *(run.children[-1] if depth else ())}
+
+
+# ------------------------------------------------------ fused equals separate
+
+
+@asynchronous
+@pytest.mark.parametrize('children', [(), (0,), (0, 1)])
+@pytest.mark.parametrize('order', [1, -1])
+def test_fused_equals_separate(folder, children, order, still, tripled):
+    """Own rows, a Spike, a Grad about its x, and one about another: one pass.
+
+    Own rows alone have dropout, whether or not there are children.
+    """
+    link = conftest.load(folder).link
+    trainer, sinks = make_lone(folder, children, depth=2, dropout=0.5,
+                               grad_weight=2.0)
+    mach, asked, late = trainer.mach, random_x(1, 3), random_x(2, 5)
+    synthetic = trainer.student or (lambda x: None)
+    pulls, forwards = [
+        visible(mach(x, synthetic(x)).detach(), random_d(3, len(x)))
+        for x in (asked, late)
+    ], []
+    mach.local.register_forward_hook(lambda _, x, __: forwards.append(x[0]))
+    for message in (link.Spike((9, 1), 9, asked, 0),
+                    link.Grad((9, 1), 9, asked, pulls[0], 0, 1),
+                    link.Grad((9, 0), 9, late, pulls[1], 0, 0))[::order]:
+        trainer.mailbox.put(message)
+    trainer.step()
+    assert [len(x) for x in forwards] == [4 + 3 + 5]
+    x, y = trainer.batches.taken[0]
+    parts = [
+        alone(mach, x, synthetic(x), y, dropout=True),
+        alone(mach, asked, synthetic(asked), pull=pulls[0]),
+        alone(mach, late, synthetic(late), pull=pulls[1])
+    ]
+    assert_close(grads(mach), sum(own for _, own, _ in parts))
+    answer, = sinks[9].take('Answer')
+    assert_close(answer.embedding, parts[1][0])
+    for position, child in enumerate(children):
+        sent = {len(grad.x): grad for grad in sinks[child].take('Grad')}
+        assert set(sent) == {4, 3}, 'own and the one with depth left go on'
+        order = [int((x == row).all(1).nonzero()) for row in sent[4].x]
+        assert sorted(order) == [0, 1, 2, 3]
+        assert_close(sent[4].gradient, 2 * parts[0][2][order, position])
+        assert_close(sent[3].gradient, parts[1][2][:, position])
+
+
+# ---------------------------------------------------------------- nobody waits
+
+
+def forbid_waiting(trainer):
+
+    def wait(timeout=None):
+        raise AssertionError(f'it waits, up to {timeout} s')
+
+    trainer.mailbox._arrival.wait = wait
+
+
+def let_time_pass(trainer, clock):
+    """Waiting takes as long as it may, by that clock."""
+
+    def wait(timeout):
+        clock.now += timeout
+
+    trainer.mailbox._arrival.wait = wait
+
+
+@asynchronous
+def test_an_unlocked_parent_never_waits(folder):
+    """Its steps are the same in every bit whatever becomes of its child."""
+    found = {}
+    for state in ('stopped', 'dead', 'full', 'far'):
+        child, parent = make_many(folder, [[], [0]], depth=2,
+                                  latency=1.0 if state == 'far' else 0.0)
+        if state == 'dead':
+            parent.links[0] = Sink()
+        if state == 'full':
+            child.mailbox.limit = 1
+        forbid_waiting(parent)
+        found[state] = []
+        for _ in range(6):
+            parent.step()
+            found[state].append(snapshot(parent.mach, parent.student))
+            if state == 'far':
+                child.step()
+        assert parent.steps_taken == 6
+    assert not torch.equal(found['stopped'][0], found['stopped'][1])
+    for steps in found.values():
+        assert all(map(torch.equal, steps, found['stopped']))
+
+
+@asynchronous
+def test_an_unlocked_relay_never_waits(folder):
+    """A Spike with depth left stays open while the child is silent."""
+    trainer, sinks = make_lone(folder, depth=2)
+    forbid_waiting(trainer)
+    trainer.mailbox.put(
+        conftest.load(folder).link.Spike((9, 1), 9, random_x(1), 1))
+    trainer.step()
+    trainer.serve(0.0)
+    assert not sinks[9].messages and trainer.steps_taken == 1
+
+
+@asynchronous
+@pytest.mark.parametrize('answering', [(), (0,), (1,)])
+def test_a_locked_parent_goes_on_at_the_deadline(folder, answering, still):
+    """With synthetic inputs for those that are missing."""
+    link, clock = conftest.load(folder).link, Clock()
+    trainer, sinks = make_lone(folder, (0, 1), clock=clock, inputs='real',
+                               deadline=3.5, depth=2)
+    let_time_pass(trainer, clock)
+    told = random_d(1)
+    for child in answering:
+        def answer(message, child=child):
+            sinks[child].messages.append(message)
+            if isinstance(message, link.Spike):
+                trainer.mailbox.put(link.Answer(message.key, child, told, 2))
+
+        sinks[child].send = answer
+    conftest.within(60, trainer.step)
+    assert 3.4 < clock.now < 3.6
+    x, y = trainer.batches.taken[0]
+    inputs = trainer.student(x).detach()
+    for child in answering:
+        inputs[:, child] = told
+    _, own, sent = alone(trainer.mach, x, inputs, y)
+    assert_close(grads(trainer.mach), own)
+    for child in (0, 1):
+        grad, = sinks[child].take('Grad')
+        assert_close(grad.gradient, sent[:, child])
+        assert grad.version == (2 if child in answering else 0)
+
+
+@asynchronous
+@pytest.mark.parametrize('children, depth', [((), 1), ((0,), 0)])
+def test_who_has_nothing_to_wait_for_does_not(folder, children, depth):
+    trainer, _ = make_lone(folder, children, inputs='real', depth=depth)
+    forbid_waiting(trainer)
+    trainer.step(lambda: pytest.fail('it is about to wait'))
+
+
+def run_threads(folder, trainers, monkeypatch, turns=1):
+    """Runs `work` on threads that take turns, for ever if need be; the events."""
+    main = conftest.load_main(folder)
+    turns, halt, events = main.Turns(turns), threading.Event(), queue.Queue()
+    patient = turns._change.wait_for
+    turns._change.wait_for = lambda condition, _: patient(condition)
+    monkeypatch.setattr(main, 'TURNS', turns)
+    vars(trainers[0].settings).update(device='cpu', precision='fp32',
+                                      evaluate_every=5, log_every=1000,
+                                      slow_mach=-1)
+    threads = [
+        threading.Thread(target=main.work, daemon=True,
+                         args=(one, one.settings, events, halt))
+        for one in trainers
+    ]
+    for thread in threads:
+        thread.start()
+    found, copies = [], len(trainers) * (trainers[0].settings.steps // 5)
+    while len(found) < copies + len(trainers):
+        found.append(events.get(timeout=60))  # raises if they hang
+        assert found[-1][0] != 'failed', found[-1]
+        if len(found) == copies:
+            halt.set()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+@asynchronous
+@pytest.mark.parametrize('depth', [1, 2])
+def test_cycles_cannot_deadlock(folder, depth, monkeypatch):
+    """All wait for each other for ever, and all answers come."""
+    trainers = make_many(folder, COMPLETE, inputs='real', depth=depth, steps=5)
+    answered = []
+    for one in trainers:
+        one.learn = lambda own, y, learn=one.learn: (answered.append(
+            sorted(own.answers)), learn(own, y))
+    run_threads(folder, trainers, monkeypatch)
+    assert answered == 15 * [[0, 1]]
+
+
+# ------------------------------------------------------------------- one owner
+
+
+@asynchronous
+@both_inputs
+def test_only_its_own_thread_touches_a_mach(folder, inputs, monkeypatch):
+    trainers = make_many(folder, COMPLETE, inputs=inputs, depth=2, steps=10,
+                         mailbox=9999)
+    touched, owners = collections.defaultdict(set), {}
+
+    def note(kind, index):
+        touched[kind, index].add(threading.get_ident())
+
+    def note_forward(module, _):
+        if id(module) in owners:  # a copy has the hook, but is another
+            note('forward', owners[id(module)])
+
+    for one in trainers:
+        for kind, step in (('step', one._optimiser.step),
+                           ('lesson', one._student_optimiser.step)):
+            owner = one._optimiser if kind == 'step' else one._student_optimiser
+            owner.step = lambda step=step, kind=kind, i=one.index: (note(
+                kind, i), step())
+        for network in (one.mach, one.student):
+            for module in network.modules():
+                owners[id(module)] = one.index
+                module.register_forward_pre_hook(note_forward)
+            for p in network.parameters():
+                p.register_post_accumulate_grad_hook(
+                    lambda _, i=one.index: note('backward', i))
+        one.copy = lambda networks=True, i=one.index, copy=one.copy: (note(
+            'copy', i), copy(networks))[1]
+    for kind, content in run_threads(folder, trainers, monkeypatch, turns=2):
+        assert kind in ('copy', 'ended')
+        for copy in content.values():
+            copy.mach(random_x(1), copy.student(random_x(1)))
+    kinds = {'forward', 'backward', 'step', 'copy'}  # lessons, too, if any came
+    assert set(touched) >= {(kind, i) for kind in kinds for i in range(3)}
+    threads = [set.union(*(touched[key] for key in touched if key[1] == i))
+               for i in range(3)]
+    assert [len(own) for own in threads] == [1, 1, 1]
+    assert len(set.union(*threads, {threading.get_ident()})) == 4
+
+
+@all_folders
+def test_a_copy_is_the_readers_to_keep(folder):
+    run = run_all(folder, steps=1)
+    networks = [*run.machs, *run.learners]
+    copies = {}
+    for trainer in run.trainers:
+        copies |= trainer.copy()
+        assert not any(c.mach or c.student for c in trainer.copy(False).values())
+    assert list(copies) == list(range(len(run.machs)))
+    tallies, machs, students = zip(*copies.values())
+    copied = [*machs, *(student for student in students if student)]
+    before = snapshot(*networks)
+    assert torch.equal(snapshot(*copied), before)
+    for trainer in run.trainers:
+        trainer.step()
+    assert not torch.equal(snapshot(*networks), before)
+    assert torch.equal(snapshot(*copied), before)
+    assert [tally.steps for tally in tallies] == [1] * len(machs)
+    before = snapshot(*networks)
+    for network in copied:
+        for p in network.parameters():
+            p.data.zero_()
+    assert torch.equal(snapshot(*networks), before)
+
+
+# ----------------------------------------- messages never change, once sent
+
+
+@asynchronous
+@both_inputs
+def test_a_message_never_changes_after_it_is_sent(folder, inputs):
+    sent = []
+    trainers = make_many(folder, COMPLETE, sent=sent, inputs=inputs, depth=2,
+                         dropout=0.2, share=0.5)
+    for _ in range(6):
+        for one in trainers:
+            take_step(one, trainers)
+    assert {type(m).__name__ for m, _ in sent} == {'Spike', 'Answer', 'Grad'}
+    live = {p.data_ptr() for one in trainers
+            for network in (one.mach, one.student)
+            for p in network.parameters()}
+    for message, before in sent:
+        assert all(map(torch.equal, tensors(message), before)), message
+        for tensor in tensors(message):
+            assert not tensor.requires_grad and tensor.data_ptr() not in live
+        with pytest.raises(AttributeError):
+            message.key = None
+
+
+# ---------------------------------------------------------- memory is bounded
+
+
+@asynchronous
+@both_inputs
+@pytest.mark.parametrize('kind, answered, dropped', [
+    ('Spike', 12, 0), ('Relay', 8, 8), ('Grad', 0, 8), ('Answer', 0, 0)])
+def test_a_flood_does_not_fill_the_memory(folder, inputs, kind, answered,
+                                          dropped):
+    """What goes is counted; Spikes that get no room are answered early."""
+    link, x, d = conftest.load(folder).link, random_x(1), random_d(2)
+    make = dict(Spike=lambda i: link.Spike((9, i), 9, x, 0),
+                Relay=lambda i: link.Spike((9, i), 9, x, 2),
+                Grad=lambda i: link.Grad((9, i), 9, x, d, 0, 1),
+                Answer=lambda i: link.Answer((5, -i), 0, d, 0))[kind]
+    trainer, sinks = make_lone(folder, mailbox=4, depth=2, inputs=inputs)
+    for i in range(12):  # one at a time: none is lost on the way
+        trainer.mailbox.put(make(i))
+        trainer.serve(0.0)
+        assert max(held(trainer).values()) <= 4
+    if (kind, inputs) == ('Relay', 'real'):
+        dropped += 4  # inputs kept for Grads that did not come
+    assert trainer.tally.dropped == dropped
+    assert len(sinks[9].take('Answer')) == answered
+    for i in range(20):
+        for j in range(6):
+            trainer.mailbox.put(make(100 + 6 * i + j))
+        trainer.learn(
+            conftest.load(folder).trainer.Rows(x), torch.zeros(4).long())
+        assert max(held(trainer).values()) <= 4
+    assert trainer.copy()[5].tally.dropped >= dropped + 40  # mailbox's own
+
+
+@asynchronous
+def test_own_questions_that_get_no_answer_do_not_pile_up(folder):
+    trainer, sinks = make_lone(folder, mailbox=4)
+    for _ in range(12):
+        trainer.step()
+        assert max(held(trainer).values()) <= 4
+    assert trainer.tally.dropped == 8
+    clock = trainer.mailbox.clock = Clock()
+    clock.now = 2e10  # then nobody wants an answer any more
+    trainer.serve(0.0)
+    assert held(trainer)['_asked'] == 0 and trainer.tally.dropped == 8
+    trainer.mailbox.put(
+        conftest.load(folder).link.Answer(sinks[0].messages[-1].key, 0,
+                                          random_d(1), 0))
+    trainer.serve(0.0)
+    assert max(held(trainer).values()) == 0
+
+
+@asynchronous
+@both_inputs
+def test_whatever_is_lost_leaves_nothing_behind(folder, inputs):
+    clock = Clock()
+    trainers = make_many(folder, COMPLETE, clock=clock, loss=0.3, depth=2,
+                         inputs=inputs, deadline=4.0, latency=0.25, jitter=1.0,
+                         steps=99)
+    rows = conftest.load(folder).trainer.Rows
+
+    def learn(one):
+        x, y = one.batches.next()
+        own = rows(x)
+        if inputs == 'real':
+            one.ask(own, 1, wait=True)
+        yield
+        one.learn(own, y)
+        yield
+
+    for _ in range(12):
+        steps = [learn(one) for one in trainers]
+        for step in steps:
+            next(step)
+        for _ in range(3):
+            clock.now += 0.5
+            for one in trainers:
+                one.serve(0.0)
+        for step in steps:
+            next(step)
+    assert all(sum(held(one).values()) > 4 for one in trainers)
+    for one in trainers:
+        tally = one.copy()[one.index].tally
+        assert tally.dropped == 0 and tally.lost > 10 and tally.steps == 12
+        assert tally.staleness_max >= 1, 'many came after all'
+        one.links = {i: Sink() for i in one.links}
+    for _ in range(3):
+        clock.now += 1e6
+        for one in trainers:
+            one.serve(0.0)
+    for one in trainers:
+        own = rows(random_x(1))
+        one.ask(own, 0)
+        one.learn(own, torch.zeros(4).long())
+    clock.now += 1e6
+    for one in trainers:
+        one.serve(0.0)
+        kept = held(one).pop('_relayed')
+        assert kept <= (64 if inputs == 'real' else 0)
+        assert sum(held(one).values()) == kept
+        one.settings.steps = one.steps_taken  # it has finished
+    for one in trainers:
+        one.serve(0.0)
+        assert sum(held(one).values()) == 0
+
+
+@asynchronous
+@pytest.mark.parametrize('late', [False, True])
+def test_a_grad_finds_the_inputs_that_its_answer_was_made_from(
+        folder, late, still):
+    """Also if it is faster than these; then nothing is left behind."""
+    link = conftest.load(folder).link
+    trainer, sinks = make_lone(folder, inputs='real', depth=2)
+    x, told, pull = random_x(1, 3), random_d(2, 3), random_d(3, 3)
+    grad = link.Grad((9, 1), 9, x, pull, 0, 1)
+    trainer.mailbox.put(link.Spike((9, 1), 9, x, 1))
+    trainer.serve(0.0)
+    spike, = sinks[0].take('Spike')
+    assert torch.equal(spike.x, x) and not sinks[9].messages
+    if late:
+        trainer.mailbox.put(grad)
+        trainer.serve(0.0)
+    trainer.mailbox.put(link.Answer(spike.key, 0, told, 17))
+    trainer.serve(0.0)
+    if not late:
+        assert held(trainer)['_relayed'] == 1
+        trainer.mailbox.put(grad)
+    own = conftest.load(folder).trainer.Rows(random_x(4), key=(5, 99))
+    y = torch.zeros(4).long()
+    trainer.learn(own, y)
+    parts = [alone(trainer.mach, own.x, trainer.student(own.x), y),
+             alone(trainer.mach, x, told.unsqueeze(1), pull=pull)]
+    assert_close(grads(trainer.mach), parts[0][1] + parts[1][1])
+    answer, = sinks[9].take('Answer')
+    assert answer.key == (9, 1)
+    assert_close(answer.embedding, parts[1][0])
+    sent, = (grad for grad in sinks[0].take('Grad') if len(grad.x) == 3)
+    assert (sent.key, sent.version, sent.depth) == (spike.key, 17, 0)
+    assert_close(sent.gradient, parts[1][2][:, 0])
+    assert max(held(trainer).values()) == 0
+
+
+# ----------------------------------------------------------- depth, deadlines
+
+
+@asynchronous
+@pytest.mark.parametrize('depth', [0, 1, 3])
+def test_spikes_go_as_deep_as_they_say(folder, depth, tripled):
+    """And are answered without dropout."""
+    link = conftest.load(folder).link
+    trainer, sinks = make_lone(folder, (0, 1), depth=4, dropout=0.5)
+    x, told = random_x(1), random_d(3)
+    trainer.mailbox.put(link.Spike((9, 1), 9, x, depth))
+    trainer.serve(0.0)
+    for child in (0, 1):
+        spikes = sinks[child].take('Spike')
+        assert [s.depth for s in spikes] == ([depth - 1] if depth else [])
+        if depth:
+            assert spikes[0].x is x and spikes[0].sender == 5
+            assert not sinks[9].messages
+            trainer.mailbox.put(link.Answer(spikes[0].key, child, told, 0))
+            trainer.serve(0.0)
+    answer, = sinks[9].take('Answer')
+    inputs = torch.stack([told, told], 1) if depth else trainer.student(x)
+    assert (answer.key, answer.sender, answer.version) == ((9, 1), 5, 0)
+    assert_close(answer.embedding, trainer.mach(x, inputs).detach())
+
+
+@asynchronous
+@both_inputs
+@pytest.mark.parametrize('depth', [0, 1, 3])
+def test_own_messages_go_as_deep_as_the_experiment_says(folder, depth, inputs):
+    trainer, sinks = make_lone(folder, (0, 1), depth=depth, inputs=inputs)
+    trainer.step(lambda: True)
+    for child in (0, 1):
+        spike, = sinks[child].take('Spike')
+        assert spike.depth == max(0, depth - 1)
+        sent = sinks[child].take('Grad')
+        assert [g.depth for g in sent] == ([depth - 1] if depth else [])
+        assert all(g.key == spike.key and torch.equal(g.x, spike.x)
+                   for g in sent), 'they share a forward'
+
+
+@asynchronous
+@pytest.mark.parametrize('depth', [0, 1, 3])
+def test_grads_go_as_deep_as_they_say(folder, depth):
+    trainer, sinks = make_lone(folder, (0, 1))
+    for i in (1, 2):
+        trainer.mailbox.put(
+            conftest.load(folder).link.Grad((9, i), 9, random_x(i, 2 + 4 * i),
+                                            random_d(i, 2 + 4 * i), 0, depth))
+    trainer.step()
+    for child in (0, 1):
+        own, *sent = sinks[child].take('Grad')
+        assert len(own.x) == 4 and own.depth == 0
+        assert [(len(g.x), g.depth) for g in sent
+               ] == ([(6, depth - 1), (10, depth - 1)] if depth else [])
+        assert len({g.key for g in (own, *sent)}) == 1 + len(sent)
+
+
+@asynchronous
+@pytest.mark.parametrize('asked, seconds', [('own', 21.0), ('relayed', 10.5)])
+def test_the_deadline_is_on_top_of_what_links_take(folder, asked, seconds):
+    """What is made up half-way down is still in time further up."""
+    modules = conftest.load(folder)
+    for early in (True, False):
+        clock = Clock()
+        trainer, sinks = make_lone(folder, clock=clock, inputs='real', depth=2,
+                                   deadline=1.0, latency=4.0, jitter=1.0)
+        own = modules.trainer.Rows(random_x(1))
+        if asked == 'own':
+            trainer.ask(own, 1, wait=True)
+        else:
+            trainer.mailbox.put(modules.link.Spike((9, 1), 9, own.x, 1))
+            trainer.serve(0.0)
+        spike, = sinks[0].take('Spike')
+        clock.now = seconds + (-0.1 if early else 0.1)
+        trainer.serve(0.0)
+        assert len(trainer._asked) == len(own.answers) + early
+        told = random_d(1)
+        trainer.mailbox.put(modules.link.Answer(spike.key, 0, told, 0))
+        trainer.serve(0.0)
+        if asked == 'own':
+            assert list(own.answers) == [0] * early
+        else:
+            answer, = sinks[9].take('Answer')
+            inputs = told.unsqueeze(1) if early else trainer.student(own.x)
+            assert_close(answer.embedding,
+                         trainer.mach(own.x, inputs).detach())
+
+
+# ------------------------------------- staleness, lessons, what is worth sending
+
+
+@asynchronous
+def test_staleness_is_counted_in_steps_of_the_receiver(folder):
+    child, parent = make_many(folder, [[], [0]])
+
+    def late():
+        return child.tally.staleness, child.tally.staleness_max
+
+    assert math.isnan(late()[0])  # no Grad has come
+    parent.step()  # nothing seen of the child: it is at 0
+    child.step()  # at 0, applies it: 0 late; answers at 0
+    assert late() == (0, 0)
+    child.step()
+    child.step()
+    parent.step()  # has seen 0
+    child.step()  # at 3: 3 late; answers at 3
+    assert late() == (3 / 2, 3)
+    parent.step()  # has seen 3
+    parent.step()  # the same: the child has not answered yet
+    child.serve(0.0)  # at 4: answers; Grads are kept for the next step
+    assert late() == (3 / 2, 3)
+    child.step()  # at 4: twice 1 late
+    assert late() == (5 / 4, 3)
+    parent.step()  # has seen 4
+    child.step()  # at 5: 1 late
+    assert late() == (6 / 5, 3)
+
+
+@asynchronous
+def test_staleness_is_that_of_the_answer_used(folder):
+    """Whatever else the parent has seen in the meantime."""
+    link = conftest.load(folder).link
+    trainer, sinks = make_lone(folder, inputs='real')
+
+    def answer():
+        spike, = sinks[0].take('Spike')
+        for key, version in ((spike.key, 11), ((5, -1), 13)):
+            trainer.mailbox.put(link.Answer(key, 0, random_d(1), version))
+
+    trainer.step(answer)
+    assert sinks[0].take('Grad')[0].version == 11
+    assert trainer._seen == [13]
+
+
+@asynchronous
+@pytest.mark.parametrize('version, weight', [(6, 1), (4, 1), (3, 2 / 3),
+                                             (1, 2 / 5)])
+def test_a_grad_weighs_less_the_staler_it_is(folder, version, weight, still):
+    """In inverse proportion, from `stale_after` steps on."""
+    x, found = random_x(1, 3), []
+    for told in (True, False):
+        trainer, _ = make_lone(folder, stale_after=2.0)
+        d = trainer.mach(x, trainer.student(x)).detach()
+        pull = visible(d, random_d(2, 3))
+        for step in range(7):
+            if told and step == 6:
+                trainer.mailbox.put(
+                    conftest.load(folder).link.Grad((9, 1), 9, x, pull, version,
+                                                    0))
+            trainer.step()
+        found.append(grads(trainer.mach))
+        assert trainer.tally.staleness_max == (6 - version) * told
+    _, expected, _ = alone(trainer.mach, x, trainer.student(x), pull=pull)
+    assert_close(found[0] - found[1], weight * expected)
+
+
+@asynchronous
+@both_inputs
+def test_grads_that_push_scale_and_offset_do_so_in_vain(folder, inputs, still):
+    """With synthetic inputs; with real ones there are none, and all is exact."""
+    trainer, _ = make_lone(folder, (), inputs=inputs)
+    x = random_x(1, 3)
+    d = trainer.mach(x).detach()
+    pull = 2 + 3 * d
+    trainer.mailbox.put(
+        conftest.load(folder).link.Grad((9, 1), 9, x, pull, 0, 0))
+    trainer.step()
+    own = alone(trainer.mach, trainer.batches.taken[0][0], None,
+                trainer.batches.taken[0][1])[1]
+    pushed = alone(trainer.mach, x, None, pull=pull)[1]
+    rest = ((grads(trainer.mach) - own).norm() / pushed.norm()).item()
+    assert rest == pytest.approx(1 if inputs == 'real' else 0, abs=1e-2)
+
+
+@asynchronous
+def test_each_answer_is_one_lesson(folder, still):
+    """Of its slice alone, however late, and of its rows' share of the loss."""
+    link = conftest.load(folder).link
+    trainer, sinks = make_lone(folder, (0, 1))
+    for _ in range(2):
+        trainer.step()
+    first, second = sinks[0].take('Spike')
+
+    def learn(*answers):
+        """Lessons of (Spike, child, seed); the same one comes twice."""
+        trainer.student.zero_grad()
+        rows, expected = {spike.key for spike, *_ in answers}, 0.0
+        for spike, child, seed in answers:
+            told = random_d(seed)
+            for d in (told, random_d(99)):
+                trainer.mailbox.put(link.Answer(spike.key, child, d, seed))
+            distance = trainer.student(spike.x)[:, child] - told
+            expected += distance.square().sum() / 4 / len(rows)
+        trainer.step()
+        assert_close(grads(trainer.student),
+                     gradient(expected, [trainer.student]))
+
+    learn((first, 1, 7))
+    assert trainer._seen == [0, 7]
+    learn((first, 0, 5), (second, 0, 6), (second, 1, 8))
+    assert trainer._seen == [6, 8]
+    third = sinks[0].take('Spike')[-1]
+    trainer.mailbox.clock = lambda: 9e9  # 9 times the deadline
+    learn((third, 0, 3))
+    assert trainer._seen == [6, 8], 'no step back'
+
+
+@asynchronous
+@both_inputs
+@pytest.mark.parametrize('share, rows', [(1.0, 8), (0.5, 4), (0.3, 3),
+                                         (0.01, 1)])
+def test_rows_with_the_largest_gradients_are_sent(folder, inputs, share, rows,
+                                                  still):
+    """Who has asked about all rows sends the Grads of all."""
+    trainer, sinks = make_lone(folder, share=share, grad_weight=3.0,
+                               inputs=inputs)
+    trainer.batches = conftest.Batches(7, 8)
+    trainer.step(lambda: True)
+    x, y = trainer.batches.taken[0]
+    _, _, sent = alone(trainer.mach, x, trainer.student(x), y)
+    rows = 8 if inputs == 'real' else rows
+    largest = sent.flatten(1).norm(dim=1).topk(rows).indices.tolist()
+    spike, grad = sinks[0].messages
+    assert torch.equal(spike.x, grad.x)
+    found = [int((x == row).all(1).nonzero()) for row in grad.x]
+    assert set(found) == set(largest) and len(found) == rows
+    assert_close(grad.gradient, 3 * sent[found, 0])
+
+
+@asynchronous
+@pytest.mark.parametrize('kind', ['Spike', 'Grad x', 'Grad', 'Answer'])
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_dropped(folder, kind, value):
+    link = conftest.load(folder).link
+    trainer, sinks = make_lone(folder)
+    trainer.step()
+    spike, _ = sinks[0].messages
+    x, d, bad_x, bad_d = random_x(1), random_d(2), random_x(1), random_d(2)
+    bad_x[1, 2] = bad_d[1, 2] = value
+    trainer.mailbox.put({
+        'Spike': link.Spike((9, 1), 9, bad_x, 0),
+        'Grad x': link.Grad((9, 1), 9, bad_x, d, 0, 0),
+        'Grad': link.Grad((9, 1), 9, x, bad_d, 0, 0),
+        'Answer': link.Answer(spike.key, 0, bad_d, 0),
+    }[kind])
+    trainer.step()
+    trainer.step()
+    assert trainer.tally.dropped == 1 and not sinks[9].messages
+    assert snapshot(trainer.mach, trainer.student).isfinite().all()
+
+
+@all_folders
+@pytest.mark.parametrize('where, name', [('cross_entropy', 'target loss'),
+                                         ('synthetic_loss', 'synthetic loss')])
+def test_a_loss_that_is_not_finite_ends_it(folder, where, name, monkeypatch):
+    """Nothing of it is applied; where it is the target's, nothing is sent."""
+    sent = []
+    names = dict(sent=sent) if folder in conftest.ASYNCHRONOUS else {}
+    run = make_all(folder, **names)
+    for trainer in 2 * run.trainers + run.trainers[:-1]:
+        trainer.step()
+    trainer = run.trainers[-1]
+    owner = functional if 'cross' in where else conftest.load(folder).student
+    before, count = [snapshot(*run.machs), snapshot(*run.students)], len(sent)
+    loss = getattr(owner, where)
+    monkeypatch.setattr(owner, where, lambda *a, **b: math.inf * loss(*a, **b))
+    with pytest.raises(FloatingPointError, match=name):
+        trainer.step()
+    after = [snapshot(*run.machs), snapshot(*run.students)]
+    assert torch.equal(before[1], after[1]) and trainer.steps_taken == 2
+    if 'cross' in where or not sent:
+        assert torch.equal(before[0], after[0]) and len(sent) == count
+
+
+# ------------------------------------------------- who has finished, optimisers
+
+
+@asynchronous
+@both_inputs
+def test_a_finished_mach_accounts_for_every_grad(folder, inputs, monkeypatch):
+    """Each is applied or counted as dropped; Spikes are answered on."""
+    applied, sent = collections.Counter(), []
+    monkeypatch.setattr(metrics.Tally, 'grad',
+                        lambda tally, _: applied.update([tally.mach]))
+    trainers = make_many(folder, COMPLETE, sent=sent, inputs=inputs, depth=2,
+                         steps=6, mailbox=9999)
+    for steps in (1, 3, 6):  # of the first, which is ahead
+        while trainers[0].steps_taken < steps:
+            take_step(trainers[0], trainers)
+        for one in trainers[1:]:
+            take_step(one, trainers)
+    for one in trainers[1:]:
+        while one.steps_taken < 6:
+            take_step(one, trainers)
+            trainers[0].serve(0.0)
+    for _ in range(3):
+        for one in trainers:
+            one.serve(0.0)
+    total = collections.Counter(
+        type(message).__name__ for message, _ in sent)
+    dropped = [one.copy()[one.index].tally.dropped for one in trainers]
+    assert total['Grad'] == sum(applied.values()) + sum(dropped)
+    assert dropped[0] > 0 and min(applied.values()) > 0
+    assert total['Spike'] == total['Answer']
+    assert not any(any(held(one).values()) for one in trainers)
+
+
+@all_folders
+@pytest.mark.parametrize('warmup', [0.0, 0.05, 0.1, 0.5, 0.999])
+def test_the_learning_rate_has_one_cycle(folder, warmup):
+    trainer = conftest.load(folder).trainer
+    for steps in range(1, 41):
+        optimiser = trainer.Optimiser(
+            torch.nn.Linear(1, 1), 0.5, 0.0,
+            conftest.make_settings(steps=steps, warmup=warmup))
+        rates = []
+        for _ in range(steps):
+            rates.append(optimiser._adamw.param_groups[0]['lr'])
+            optimiser.step()
+        assert 0 < min(rates) and max(rates) <= 0.5
+        if steps > 9:
+            assert max(rates) > 0.45
+            peak = rates.index(max(rates))
+            assert abs(peak - max(1, warmup * (steps + 1) - 1)) < 1
+        if steps > 1:
+            assert optimiser._adamw.param_groups[0]['lr'] < 1e-4
+
+
+# ----------------------------------------------------------------- the networks
+
+
+@all_folders
+def test_a_parent_does_not_see_scale_and_offset_of_an_embedding(folder):
+    """So no Grad can push a child's embedding to grow or to shift."""
+    torch.manual_seed(0)
+    mach = conftest.load(folder).model.Mach(2, 8, E).double()
+    x, inputs = random(1, 5, 784), random(2, 10, E).view(5, 2, E)
+    inputs.requires_grad_()
+    d = mach(x, inputs)
+    scale, offset = torch.tensor([[3.0], [0.5]]), torch.tensor([[7.0], [-1.0]])
+    assert torch.allclose(d, mach(x, inputs * scale + offset), atol=1e-3)
+    assert not torch.allclose(d, mach(x, inputs.flip(1)), atol=1e-3)
+    found, = torch.autograd.grad(d.square().sum(), inputs)
+    assert found.abs().max() > 1e-3
+    assert found.sum(-1).abs().max() < 1e-9
+    assert (found * inputs).sum(-1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize('folder', FOLDERS[1:])
+def test_heads_start_alike_and_networks_do_not(folder):
+    main = conftest.load_main(folder)
+    settings = main.Hyperparameters(k=3, hidden=8, embedding=4)
+    (_, first, _), *others = main.make_networks(settings)
+    for _, mach, _ in others:
+        assert torch.equal(mach.head.weight, first.head.weight)
+        assert mach.head.weight is not first.head.weight
+        assert not torch.equal(mach.local[0].weight, first.local[0].weight)
