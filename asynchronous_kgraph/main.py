@@ -228,19 +228,21 @@ class Turns:
     """
 
     def __init__(self, count):
-        self._drawn, self._called = 0, count
+        self._drawn, self._called, self._skipped = 0, count, False
         self._change = threading.Condition()
 
     def __enter__(self):
         with self._change:
             ticket, self._drawn = self._drawn, self._drawn + 1
-            # Who has waited so long goes on without: a step may take longer.
-            self._change.wait_for(lambda: ticket < self._called, 10)
+            # Who has waited 10 s goes on without: a step may take longer.
+            self._skipped |= not self._change.wait_for(
+                lambda: ticket < self._called, 10)
 
     def __exit__(self, *_):
         with self._change:
             self._called += 1
-            self._change.notify()
+            # They wait in the order of their tickets, until one is skipped.
+            self._change.notify(self._drawn if self._skipped else 1)
 
 
 TURNS = Turns(CORES + 1)  # one more, for while another waits for Python's lock

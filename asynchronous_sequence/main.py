@@ -80,7 +80,7 @@ class Hyperparameters:
     deadline: float = hparam(1.0, 'seconds, for answers waited for', 0.001, 1e6)
     mailbox: int = hparam(1024, 'messages; full, the oldest goes', 1, 10**6)
     share: float = hparam(0.25, 'of own rows sent: largest Grads', 0.001, 1)
-    grad_weight: float = hparam(2.0, 'factor on the Grads it sends', 0, 1e6)
+    grad_weight: float = hparam(1.0, 'factor on the Grads it sends', 0, 1e6)
     stale_after: float = hparam(2.0, 'steps; staler Grads weigh less', 0.1, 1e9)
     # Conditions: what links and MACHs are made to suffer.
     latency: float = hparam(0.0, 'seconds on an edge, each way', 0, 1e6)
@@ -98,7 +98,7 @@ class Hyperparameters:
     warmup: float = hparam(0.1, 'share of steps to the peak', 0, 0.999)
     weight_decay: float = hparam(0.05, 'not of the student', 0, 1e6)
     label_smoothing: float = hparam(0.1, 'regularises', 0, 0.999)
-    dropout: float = hparam(0.5, 'of h, to lean on children', 0, 0.999)
+    dropout: float = hparam(0.3, 'of h, to lean on children', 0, 0.999)
 
     def __post_init__(self):
         if self.slow_mach >= self.k:
@@ -219,19 +219,21 @@ class Turns:
     """
 
     def __init__(self, count):
-        self._drawn, self._called = 0, count
+        self._drawn, self._called, self._skipped = 0, count, False
         self._change = threading.Condition()
 
     def __enter__(self):
         with self._change:
             ticket, self._drawn = self._drawn, self._drawn + 1
-            # Who has waited so long goes on without: a step may take longer.
-            self._change.wait_for(lambda: ticket < self._called, 10)
+            # Who has waited 10 s goes on without: a step may take longer.
+            self._skipped |= not self._change.wait_for(
+                lambda: ticket < self._called, 10)
 
     def __exit__(self, *_):
         with self._change:
             self._called += 1
-            self._change.notify()
+            # They wait in the order of their tickets, until one is skipped.
+            self._change.notify(self._drawn if self._skipped else 1)
 
 
 TURNS = Turns(CORES + 1)  # one more, for while another waits for Python's lock

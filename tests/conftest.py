@@ -74,7 +74,7 @@ def make_settings(**overrides):
     """Hyperparameters of a tiny experiment, as far as trainers know them."""
     values = dict(seed=3,
                   steps=40,
-                  depth=1,
+                  depth=2,
                   delay=0,
                   inputs='synthetic',
                   deadline=1e9,
@@ -89,7 +89,12 @@ def make_settings(**overrides):
                   warmup=0.1,
                   weight_decay=0.01,
                   label_smoothing=0.1,
-                  dropout=0.0)
+                  dropout=0.0,
+                  device='cpu',
+                  precision='fp32',
+                  evaluate_every=5,
+                  log_every=1000,
+                  slow_mach=-1)
     return types.SimpleNamespace(**{**values, **overrides})
 
 

@@ -305,6 +305,7 @@ def test_all_are_woken_after_somebody_went_on_without_a_turn(folder):
         leave.set()
         impatient.join(30)
         time.sleep(0.05)  # whoever was woken in vain waits again
-    for thread in threads:
+    for i, thread in enumerate(threads):
         thread.join(10)
+        assert i in order, 'it was never woken'
     assert order == ['impatient', 0, 1]

@@ -1,12 +1,12 @@
 """What must hold of the trainers: the invariants, whatever the timing.
 
-No test looks at a real clock: seconds pass when the test says so, and what could
-wait for ever runs `within` a generous limit.
+No test looks at a real clock: seconds pass when the test says so.
 """
 
 import collections
 import math
 import queue
+import signal
 import threading
 import types
 
@@ -26,11 +26,22 @@ GRAPHS = {  # the children of each MACH
 }
 COMPLETE = GRAPHS['cycle']
 E = 6  # width of an embedding
+RATES = dict(learning_rate=0.3, student_learning_rate=0.3)
 
 all_folders = pytest.mark.parametrize('folder', FOLDERS)
 asynchronous = pytest.mark.parametrize('folder', conftest.ASYNCHRONOUS)
 synchronous = pytest.mark.parametrize('folder', conftest.SYNCHRONOUS[1:])
 both_inputs = pytest.mark.parametrize('inputs', ['synthetic', 'real'])
+
+
+@pytest.fixture(autouse=True)
+def _no_test_hangs():
+    """Whoever waits for ever where nobody should wait at all fails."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
+    signal.alarm(90)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(name='still')
@@ -65,11 +76,20 @@ class Descend:
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """Seconds that pass when the test says so, or while somebody waits."""
     now = 0.0
 
     def __call__(self):
         return self.now
+
+    def wait(self, seconds):
+        """In place of a condition's: takes as long as it may."""
+        self.now += seconds
+
+
+def never_wait(seconds):
+    """In place of a condition's."""
+    raise AssertionError(f'it waits, up to {seconds} s')
 
 
 class Sink:
@@ -128,18 +148,28 @@ def make_networks(folder, children):
     return made
 
 
-def make_lone(folder, children=(0,), parents=(9,), clock=lambda: 0.0, **names):
-    """MACH 5, whose neighbours are the test: its trainer, each one's Sink."""
+def make_lone(folder, children=(0,), clock=lambda: 0.0, **names):
+    """MACH 5, whose neighbours are the test: its trainer, each one's Sink.
+
+    Its `tell(kind, *content)` puts a message into its mailbox.
+    """
+    modules = conftest.load(folder)
     (mach, student), = make_networks(folder, [children])
-    trainer = conftest.load(folder).trainer.Trainer(
-        5, mach, student, list(children), conftest.Batches(7),
-        conftest.make_settings(**names))
+    trainer = modules.trainer.Trainer(5, mach, student, list(children),
+                                      conftest.Batches(7),
+                                      conftest.make_settings(**names))
     trainer.mailbox.clock = clock
-    trainer.links = {i: Sink() for i in (*children, *parents)}
+    trainer.links = {i: Sink() for i in (*children, 9)}
+    trainer.tell = lambda kind, *content: trainer.mailbox.put(
+        getattr(modules.link, kind)(*content))
     return trainer, trainer.links
 
 
-def make_many(folder, children, clock=lambda: 0.0, loss=0.0, sent=None,
+def make_many(folder,
+              children,
+              clock=lambda: 0.0,
+              loss=0.0,
+              sent=None,
               **names):
     """One trainer for each MACH, connected; nothing runs yet."""
     modules, settings = conftest.load(folder), conftest.make_settings(**names)
@@ -169,7 +199,8 @@ def make_all(folder, graph=None, shared=False, **names):
         single = folder == 'synchronous_single'
         networks = make_networks(folder, [[]] if single else children)
         batches = [
-            conftest.Batches(20 + i) for i in range(1 if shared else len(networks))
+            conftest.Batches(20 + i)
+            for i in range(1 if shared else len(networks))
         ]
         machs, students = map(list, zip(*networks))
         given = machs, students, children, batches
@@ -203,8 +234,11 @@ def take_step(one, trainers):
 
 def held(trainer):
     """Name of each container of a trainer -> how much it holds."""
-    sizes = {name: len(value) for name, value in vars(trainer).items()
-             if isinstance(value, dict) and name != 'links'}
+    sizes = {
+        name: len(value)
+        for name, value in vars(trainer).items()
+        if isinstance(value, dict) and name != 'links'
+    }
     assert {'_asked', '_lessons', '_served', '_relayed'} <= set(sizes)
     return sizes | {'mailbox': len(trainer.mailbox._messages)}
 
@@ -219,9 +253,10 @@ def snapshot(*networks):
 
 def grads(*networks):
     """What has arrived in `grad` of all parameters; zeros where nothing has."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                      for network in networks if network
-                      for p in network.parameters()])
+    return torch.cat([
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+        for network in networks if network for p in network.parameters()
+    ])
 
 
 def assert_close(found, expected):
@@ -236,7 +271,10 @@ def entropy(mach, d, y):
 def gradient(root, networks, pull=None):
     """Autograd's gradient of all parameters, in one vector."""
     parameters = [p for network in networks for p in network.parameters()]
-    found = torch.autograd.grad(root, parameters, pull, retain_graph=True,
+    found = torch.autograd.grad(root,
+                                parameters,
+                                pull,
+                                retain_graph=True,
                                 allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
                       for p, g in zip(parameters, found)])
@@ -261,16 +299,19 @@ def visible(d, pull):
     return pull - (basis @ (basis.mT @ pull.unsqueeze(-1))).squeeze(-1)
 
 
+def inputs_of(run, i, x, depth):
+    """Those of MACH i, real if depth > 0, composed; None without children."""
+    if not run.children[i]:
+        return None
+    if depth == 0:
+        return run.students[i](x).detach()
+    return torch.stack(
+        [embed(run, child, x, depth - 1) for child in run.children[i]], 1)
+
+
 def embed(run, i, x, depth):
     """d_i(x), real down to `depth`, as one composed function."""
-    inputs = None
-    if run.children[i]:
-        inputs = run.students[i](x).detach()
-        if depth > 0:
-            inputs = torch.stack(
-                [embed(run, child, x, depth - 1) for child in run.children[i]],
-                1)
-    return run.machs[i](x, inputs)
+    return run.machs[i](x, inputs_of(run, i, x, depth))
 
 
 # ------------------------------- it is backpropagation when nothing is late
@@ -308,62 +349,37 @@ def test_backpropagation_in_lockstep(folder, graph, depth, shared, still):
 # ---------------------------------------------- lockstep: the delay is exact
 
 
-class Replay:
-    """The same MACHs, trained by plain descent, one message at a time."""
+@torch.no_grad()
+def descend(network, gradients):
+    for p in network.parameters():
+        p -= 0.3 * gradients[:p.numel()].view_as(p)
+        gradients = gradients[p.numel():]
 
-    def __init__(self, folder, run, settings):
-        machs, students = zip(*make_networks(folder, run.children))
-        self.run = types.SimpleNamespace(machs=machs, students=students,
-                                         children=run.children)
-        self.batches = [conftest.Batches(20 + i) for i in range(len(run.batches))]
-        self.settings, self.flying, self.steps = settings, [], 0
 
-    def inputs(self, i, x, depth):
-        if not self.run.children[i]:
-            return None
-        if depth == 0:
-            return self.run.students[i](x)
-        return torch.stack(
-            [embed(self.run, c, x, depth - 1) for c in self.run.children[i]], 1)
-
-    def step(self):
-        run, settings = self.run, self.settings
-        batches = [batches.next() for batches in self.batches]
-        work = []
-        for i in range(len(run.machs)):
-            x, y = batches[i % len(batches)]
-            work.append((self.steps, i, x, settings.depth, y, None))
-        totals = [0.0] * len(run.machs)
-        lessons = {}
-        for i, student in enumerate(run.students):
-            if student:
-                x = work[i][2]
-                real = self.inputs(i, x, max(1, settings.depth)).detach()
-                loss = (student(x) - real).square().sum() / len(x)
-                lessons[student] = gradient(loss, [student])
-        due = work + [m for m in self.flying if m[0] == self.steps]
-        self.flying = [m for m in self.flying if m[0] != self.steps]
-        while due:
-            _, i, x, depth, y, pull = due.pop()
-            real = depth if settings.inputs == 'real' else 0
-            _, own, sent = alone(run.machs[i], x, self.inputs(i, x, real), y,
-                                 pull, dropout=y is not None)
-            totals[i] = totals[i] + own
-            for position, child in enumerate(run.children[i]):
-                if depth > 0:
-                    weight = 1 if y is None else settings.grad_weight
-                    message = (self.steps + settings.delay, child, x, depth - 1,
-                               None, weight * sent[:, position])
-                    (self.flying if settings.delay else due).append(message)
-        for network, total in [*zip(run.machs, totals), *lessons.items()]:
-            self.descend(network, total)
-        self.steps += 1
-
-    @torch.no_grad()
-    def descend(self, network, total):
-        for p in network.parameters():
-            p -= 0.3 * total[:p.numel()].view_as(p)
-            total = total[p.numel():]
+def replay(run, settings, step, flying):
+    """One step of MACHs by plain descent, one message at a time."""
+    batches = [batches.next() for batches in run.batches]
+    due, totals = [grad for grad in flying if grad[0] == step], {}
+    for i, student in enumerate(run.students):
+        x, y = batches[i % len(batches)]
+        due.append((step, i, x, settings.depth, y, None))
+        if student:
+            real = inputs_of(run, i, x, max(1, settings.depth)).detach()
+            loss = (student(x) - real).square().sum() / len(x)
+            totals[student] = gradient(loss, [student])
+    while due:
+        _, i, x, depth, y, pull = due.pop()
+        inputs = inputs_of(run, i, x, depth * (settings.inputs == 'real'))
+        _, own, sent = alone(run.machs[i], x, inputs, y, pull, pull is None)
+        totals[run.machs[i]] = totals.get(run.machs[i], 0.0) + own
+        for position, child in enumerate(run.children[i] if depth else ()):
+            grad = sent[:, position]
+            if pull is None:
+                grad = settings.grad_weight * grad
+            (flying if settings.delay else due).append(
+                (step + settings.delay, child, x, depth - 1, None, grad))
+    for network, gradients in totals.items():
+        descend(network, gradients)
 
 
 @synchronous
@@ -378,15 +394,15 @@ def test_each_grad_is_applied_delay_steps_later(folder, inputs, delay, depth,
     Own rows alone have dropout; `grad_weight` is of the first edge alone.
     """
     monkeypatch.setattr(conftest.load(folder).trainer, 'Optimiser', Descend)
-    names = dict(inputs=inputs, delay=delay, depth=depth, grad_weight=2.0,
-                 dropout=0.5, learning_rate=0.3, student_learning_rate=0.3)
-    run = make_all(folder, shared=shared, **names)
-    replay = Replay(folder, run, conftest.make_settings(**names))
+    names = dict(inputs=inputs, delay=delay, depth=depth, dropout=0.5)
+    names |= RATES | dict(grad_weight=2.0)
+    run, twin = (make_all(folder, shared=shared, **names) for _ in range(2))
+    settings, flying = conftest.make_settings(**names), []
     for step in range(2 * delay + 2):
         run.trainers[0].step()
-        replay.step()
-        assert_close(snapshot(*run.machs), snapshot(*replay.run.machs))
-        assert_close(snapshot(*run.students), snapshot(*replay.run.students))
+        replay(twin, settings, step, flying)
+        assert_close(snapshot(*run.machs), snapshot(*twin.machs))
+        assert_close(snapshot(*run.students), snapshot(*twin.students))
         parents = set(sum(run.children, [])) if depth else ()
         for i, tally in enumerate(run.trainers[0].tallies):
             late = delay if i in parents and step >= delay else math.nan
@@ -398,10 +414,9 @@ def test_each_grad_is_applied_delay_steps_later(folder, inputs, delay, depth,
 def test_single_applies_each_grad_delay_steps_later(delay, monkeypatch):
     folder = 'synchronous_single'
     monkeypatch.setattr(conftest.load(folder).trainer, 'Optimiser', Descend)
-    run = make_all(folder, delay=delay, learning_rate=0.3,
-                   student_learning_rate=0.3)
-    mach, = make_networks(folder, [[]])[0][:1]
-    student = make_networks(folder, [[0]])[0][1]
+    run = make_all(folder, delay=delay, **RATES)
+    twin = make_all(folder)
+    mach, student = twin.machs[0], twin.students[0]
     flying, trainer = [], run.trainers[0]
     for step in range(7):
         trainer.step()
@@ -416,8 +431,8 @@ def test_single_applies_each_grad_delay_steps_later(delay, monkeypatch):
             assert trainer.tallies[0].staleness == delay
         distance = (student(x) - d.detach().unsqueeze(1)).square()
         lesson = gradient(distance.sum() / len(x), [student])
-        Replay.descend(None, mach, total)
-        Replay.descend(None, student, lesson)
+        descend(mach, total)
+        descend(student, lesson)
         assert_close(snapshot(*run.machs), snapshot(mach))
         assert_close(snapshot(*run.students), snapshot(student))
 
@@ -434,7 +449,7 @@ def test_grads_of_several_parents_about_one_x_are_one(folder, shared, flying):
 def test_the_same_seed_gives_the_same_bits(folder):
     found = []
     for seed in (5, 5, 6):
-        run = make_all(folder, delay=2, depth=2, dropout=0.5)
+        run = make_all(folder, delay=2, dropout=0.5)
         torch.manual_seed(seed)
         for _ in range(5):
             run.trainers[0].step()
@@ -466,8 +481,8 @@ def test_no_gradient_leaves_its_lane(folder, delay, still, monkeypatch):
         with monkeypatch.context() as patch:
             if where:
                 loss = getattr(where, name)
-                patch.setattr(where, name, lambda *a, loss=loss, **b: 8 * loss(
-                    *a, **b))  # which is exact
+                larger = lambda *a, loss=loss, **b: 8 * loss(*a, **b)
+                patch.setattr(where, name, larger)  # by an exact factor
             run = run_all(folder, delay=delay)
         found.append((grads(*run.machs), grads(*run.learners)))
     (target, synthetic), *scaled = found
@@ -496,13 +511,15 @@ def test_labels_of_others_reach_a_mach_by_grads_alone(folder, depth, still):
     for change in (0, 1):
         run = make_all(folder, depth=depth)
         last = run.batches[-1]
-        last.next = lambda x_y=last.next, change=change: (lambda x, y: (
-            x, (y + change) % conftest.CLASSES))(*x_y())
+        drawn = [last.next() for _ in range(2)]
+        last.next = iter([(x, (y + change) % 10) for x, y in drawn]).__next__
         for trainer in 2 * run.trainers:
             trainer.step()
         found.append([grads(mach) for mach in run.machs])
-    changed = {i for i, (one, other) in enumerate(zip(*found))
-               if not torch.equal(one, other)}
+    changed = {
+        i for i, (one, other) in enumerate(zip(*found))
+        if not torch.equal(one, other)
+    }
     last = len(run.machs) - 1
     assert changed == {last, *(run.children[-1] if depth else ())}
 
@@ -518,9 +535,7 @@ def test_fused_equals_separate(folder, children, order, still, tripled):
 
     Own rows alone have dropout, whether or not there are children.
     """
-    link = conftest.load(folder).link
-    trainer, sinks = make_lone(folder, children, depth=2, dropout=0.5,
-                               grad_weight=2.0)
+    trainer, sinks = make_lone(folder, children, dropout=0.5, grad_weight=2.0)
     mach, asked, late = trainer.mach, random_x(1, 3), random_x(2, 5)
     synthetic = trainer.student or (lambda x: None)
     pulls, forwards = [
@@ -528,10 +543,10 @@ def test_fused_equals_separate(folder, children, order, still, tripled):
         for x in (asked, late)
     ], []
     mach.local.register_forward_hook(lambda _, x, __: forwards.append(x[0]))
-    for message in (link.Spike((9, 1), 9, asked, 0),
-                    link.Grad((9, 1), 9, asked, pulls[0], 0, 1),
-                    link.Grad((9, 0), 9, late, pulls[1], 0, 0))[::order]:
-        trainer.mailbox.put(message)
+    for content in (('Spike', (9, 1), 9, asked, 0), ('Grad', (9, 1), 9, asked,
+                                                     pulls[0], 0, 1),
+                    ('Grad', (9, 0), 9, late, pulls[1], 0, 0))[::order]:
+        trainer.tell(*content)
     trainer.step()
     assert [len(x) for x in forwards] == [4 + 3 + 5]
     x, y = trainer.batches.taken[0]
@@ -555,35 +570,18 @@ def test_fused_equals_separate(folder, children, order, still, tripled):
 # ---------------------------------------------------------------- nobody waits
 
 
-def forbid_waiting(trainer):
-
-    def wait(timeout=None):
-        raise AssertionError(f'it waits, up to {timeout} s')
-
-    trainer.mailbox._arrival.wait = wait
-
-
-def let_time_pass(trainer, clock):
-    """Waiting takes as long as it may, by that clock."""
-
-    def wait(timeout):
-        clock.now += timeout
-
-    trainer.mailbox._arrival.wait = wait
-
-
 @asynchronous
 def test_an_unlocked_parent_never_waits(folder):
     """Its steps are the same in every bit whatever becomes of its child."""
     found = {}
     for state in ('stopped', 'dead', 'full', 'far'):
-        child, parent = make_many(folder, [[], [0]], depth=2,
-                                  latency=1.0 if state == 'far' else 0.0)
+        latency = 1.0 if state == 'far' else 0.0
+        child, parent = make_many(folder, [[], [0]], latency=latency)
         if state == 'dead':
             parent.links[0] = Sink()
         if state == 'full':
             child.mailbox.limit = 1
-        forbid_waiting(parent)
+        parent.mailbox._arrival.wait = never_wait
         found[state] = []
         for _ in range(6):
             parent.step()
@@ -599,10 +597,9 @@ def test_an_unlocked_parent_never_waits(folder):
 @asynchronous
 def test_an_unlocked_relay_never_waits(folder):
     """A Spike with depth left stays open while the child is silent."""
-    trainer, sinks = make_lone(folder, depth=2)
-    forbid_waiting(trainer)
-    trainer.mailbox.put(
-        conftest.load(folder).link.Spike((9, 1), 9, random_x(1), 1))
+    trainer, sinks = make_lone(folder)
+    trainer.mailbox._arrival.wait = never_wait
+    trainer.tell('Spike', (9, 1), 9, random_x(1), 1)
     trainer.step()
     trainer.serve(0.0)
     assert not sinks[9].messages and trainer.steps_taken == 1
@@ -612,19 +609,21 @@ def test_an_unlocked_relay_never_waits(folder):
 @pytest.mark.parametrize('answering', [(), (0,), (1,)])
 def test_a_locked_parent_goes_on_at_the_deadline(folder, answering, still):
     """With synthetic inputs for those that are missing."""
-    link, clock = conftest.load(folder).link, Clock()
-    trainer, sinks = make_lone(folder, (0, 1), clock=clock, inputs='real',
-                               deadline=3.5, depth=2)
-    let_time_pass(trainer, clock)
-    told = random_d(1)
-    for child in answering:
-        def answer(message, child=child):
-            sinks[child].messages.append(message)
-            if isinstance(message, link.Spike):
-                trainer.mailbox.put(link.Answer(message.key, child, told, 2))
+    clock, told = Clock(), random_d(1)
+    trainer, sinks = make_lone(folder, (0, 1),
+                               clock,
+                               inputs='real',
+                               deadline=3.5)
+    trainer.mailbox._arrival.wait = clock.wait
 
-        sinks[child].send = answer
-    conftest.within(60, trainer.step)
+    def answer():
+        for child in answering:
+            for spike in sinks[child].take('Spike'):
+                trainer.tell('Answer', spike.key, child, told, 2)
+                trainer.tell('Answer', (5, -1), child, told,
+                             3)  # seen, not used
+
+    trainer.step(answer)
     assert 3.4 < clock.now < 3.6
     x, y = trainer.batches.taken[0]
     inputs = trainer.student(x).detach()
@@ -642,7 +641,7 @@ def test_a_locked_parent_goes_on_at_the_deadline(folder, answering, still):
 @pytest.mark.parametrize('children, depth', [((), 1), ((0,), 0)])
 def test_who_has_nothing_to_wait_for_does_not(folder, children, depth):
     trainer, _ = make_lone(folder, children, inputs='real', depth=depth)
-    forbid_waiting(trainer)
+    trainer.mailbox._arrival.wait = never_wait
     trainer.step(lambda: pytest.fail('it is about to wait'))
 
 
@@ -653,11 +652,9 @@ def run_threads(folder, trainers, monkeypatch, turns=1):
     patient = turns._change.wait_for
     turns._change.wait_for = lambda condition, _: patient(condition)
     monkeypatch.setattr(main, 'TURNS', turns)
-    vars(trainers[0].settings).update(device='cpu', precision='fp32',
-                                      evaluate_every=5, log_every=1000,
-                                      slow_mach=-1)
     threads = [
-        threading.Thread(target=main.work, daemon=True,
+        threading.Thread(target=main.work,
+                         daemon=True,
                          args=(one, one.settings, events, halt))
         for one in trainers
     ]
@@ -693,7 +690,10 @@ def test_cycles_cannot_deadlock(folder, depth, monkeypatch):
 @asynchronous
 @both_inputs
 def test_only_its_own_thread_touches_a_mach(folder, inputs, monkeypatch):
-    trainers = make_many(folder, COMPLETE, inputs=inputs, depth=2, steps=10,
+    trainers = make_many(folder,
+                         COMPLETE,
+                         inputs=inputs,
+                         steps=10,
                          mailbox=9999)
     touched, owners = collections.defaultdict(set), {}
 
@@ -705,11 +705,9 @@ def test_only_its_own_thread_touches_a_mach(folder, inputs, monkeypatch):
             note('forward', owners[id(module)])
 
     for one in trainers:
-        for kind, step in (('step', one._optimiser.step),
-                           ('lesson', one._student_optimiser.step)):
-            owner = one._optimiser if kind == 'step' else one._student_optimiser
-            owner.step = lambda step=step, kind=kind, i=one.index: (note(
-                kind, i), step())
+        for owner in (one._optimiser, one._student_optimiser):
+            owner.step = lambda step=owner.step, i=one.index: (note('step', i),
+                                                               step())
         for network in (one.mach, one.student):
             for module in network.modules():
                 owners[id(module)] = one.index
@@ -723,11 +721,11 @@ def test_only_its_own_thread_touches_a_mach(folder, inputs, monkeypatch):
         assert kind in ('copy', 'ended')
         for copy in content.values():
             copy.mach(random_x(1), copy.student(random_x(1)))
-    kinds = {'forward', 'backward', 'step', 'copy'}  # lessons, too, if any came
-    assert set(touched) >= {(kind, i) for kind in kinds for i in range(3)}
-    threads = [set.union(*(touched[key] for key in touched if key[1] == i))
-               for i in range(3)]
-    assert [len(own) for own in threads] == [1, 1, 1]
+    kinds = ('forward', 'backward', 'step', 'copy')
+    threads = [
+        set.union(*(touched[kind, i] for kind in kinds)) for i in range(3)
+    ]
+    assert [len(own) for own in threads] == [1, 1, 1] and len(touched) == 12
     assert len(set.union(*threads, {threading.get_ident()})) == 4
 
 
@@ -738,7 +736,8 @@ def test_a_copy_is_the_readers_to_keep(folder):
     copies = {}
     for trainer in run.trainers:
         copies |= trainer.copy()
-        assert not any(c.mach or c.student for c in trainer.copy(False).values())
+        assert not any(
+            c.mach or c.student for c in trainer.copy(False).values())
     assert list(copies) == list(range(len(run.machs)))
     tallies, machs, students = zip(*copies.values())
     copied = [*machs, *(student for student in students if student)]
@@ -763,15 +762,18 @@ def test_a_copy_is_the_readers_to_keep(folder):
 @both_inputs
 def test_a_message_never_changes_after_it_is_sent(folder, inputs):
     sent = []
-    trainers = make_many(folder, COMPLETE, sent=sent, inputs=inputs, depth=2,
-                         dropout=0.2, share=0.5)
+    names = dict(inputs=inputs, dropout=0.2, share=0.5)
+    trainers = make_many(folder, COMPLETE, sent=sent, **names)
     for _ in range(6):
         for one in trainers:
             take_step(one, trainers)
     assert {type(m).__name__ for m, _ in sent} == {'Spike', 'Answer', 'Grad'}
-    live = {p.data_ptr() for one in trainers
-            for network in (one.mach, one.student)
-            for p in network.parameters()}
+    live = {
+        p.data_ptr()
+        for one in trainers
+        for network in (one.mach, one.student)
+        for p in network.parameters()
+    }
     for message, before in sent:
         assert all(map(torch.equal, tensors(message), before)), message
         for tensor in tensors(message):
@@ -785,19 +787,24 @@ def test_a_message_never_changes_after_it_is_sent(folder, inputs):
 
 @asynchronous
 @both_inputs
-@pytest.mark.parametrize('kind, answered, dropped', [
-    ('Spike', 12, 0), ('Relay', 8, 8), ('Grad', 0, 8), ('Answer', 0, 0)])
+@pytest.mark.parametrize('kind, answered, dropped', [('Spike', 12, 0),
+                                                     ('Relay', 8, 8),
+                                                     ('Grad', 0, 8),
+                                                     ('Answer', 0, 0)])
 def test_a_flood_does_not_fill_the_memory(folder, inputs, kind, answered,
                                           dropped):
     """What goes is counted; Spikes that get no room are answered early."""
-    link, x, d = conftest.load(folder).link, random_x(1), random_d(2)
-    make = dict(Spike=lambda i: link.Spike((9, i), 9, x, 0),
-                Relay=lambda i: link.Spike((9, i), 9, x, 2),
-                Grad=lambda i: link.Grad((9, i), 9, x, d, 0, 1),
-                Answer=lambda i: link.Answer((5, -i), 0, d, 0))[kind]
-    trainer, sinks = make_lone(folder, mailbox=4, depth=2, inputs=inputs)
+    x, d = random_x(1), random_d(2)
+    trainer, sinks = make_lone(folder, mailbox=4, inputs=inputs)
+
+    def tell(i):
+        trainer.tell(*dict(Spike=('Spike', (9, i), 9, x, 0),
+                           Relay=('Spike', (9, i), 9, x, 2),
+                           Grad=('Grad', (9, i), 9, x, d, 0, 1),
+                           Answer=('Answer', (5, -i), 0, d, 0))[kind])
+
     for i in range(12):  # one at a time: none is lost on the way
-        trainer.mailbox.put(make(i))
+        tell(i)
         trainer.serve(0.0)
         assert max(held(trainer).values()) <= 4
     if (kind, inputs) == ('Relay', 'real'):
@@ -806,9 +813,10 @@ def test_a_flood_does_not_fill_the_memory(folder, inputs, kind, answered,
     assert len(sinks[9].take('Answer')) == answered
     for i in range(20):
         for j in range(6):
-            trainer.mailbox.put(make(100 + 6 * i + j))
+            tell(100 + 6 * i + j)
         trainer.learn(
-            conftest.load(folder).trainer.Rows(x), torch.zeros(4).long())
+            conftest.load(folder).trainer.Rows(x),
+            trainer.batches.next()[1])
         assert max(held(trainer).values()) <= 4
     assert trainer.copy()[5].tally.dropped >= dropped + 40  # mailbox's own
 
@@ -820,69 +828,52 @@ def test_own_questions_that_get_no_answer_do_not_pile_up(folder):
         trainer.step()
         assert max(held(trainer).values()) <= 4
     assert trainer.tally.dropped == 8
-    clock = trainer.mailbox.clock = Clock()
-    clock.now = 2e10  # then nobody wants an answer any more
+    trainer.mailbox.clock = lambda: 3e10  # nobody wants an answer any more
     trainer.serve(0.0)
-    assert held(trainer)['_asked'] == 0 and trainer.tally.dropped == 8
-    trainer.mailbox.put(
-        conftest.load(folder).link.Answer(sinks[0].messages[-1].key, 0,
-                                          random_d(1), 0))
+    trainer.tell('Answer', sinks[0].messages[-1].key, 0, random_d(1), 0)
     trainer.serve(0.0)
-    assert max(held(trainer).values()) == 0
+    assert max(held(trainer).values()) == 0 and trainer.tally.dropped == 8
 
 
 @asynchronous
 @both_inputs
 def test_whatever_is_lost_leaves_nothing_behind(folder, inputs):
     clock = Clock()
-    trainers = make_many(folder, COMPLETE, clock=clock, loss=0.3, depth=2,
-                         inputs=inputs, deadline=4.0, latency=0.25, jitter=1.0,
-                         steps=99)
+    names = dict(inputs=inputs, deadline=4.0, latency=0.25, jitter=1.0)
+    trainers = make_many(folder, COMPLETE, clock, 0.3, **names)
     rows = conftest.load(folder).trainer.Rows
 
-    def learn(one):
-        x, y = one.batches.next()
-        own = rows(x)
-        if inputs == 'real':
-            one.ask(own, 1, wait=True)
-        yield
-        one.learn(own, y)
-        yield
-
-    for _ in range(12):
-        steps = [learn(one) for one in trainers]
-        for step in steps:
-            next(step)
-        for _ in range(3):
-            clock.now += 0.5
+    def serve(times, seconds):
+        for _ in range(times):
+            clock.now += seconds
             for one in trainers:
                 one.serve(0.0)
-        for step in steps:
-            next(step)
+
+    for _ in range(12):
+        owns = [rows(random_x(one.index)) for one in trainers]
+        for one, own in zip(trainers, owns):
+            if inputs == 'real':
+                one.ask(own, 1, wait=True)
+        serve(3, 0.5)
+        for one, own in zip(trainers, owns):
+            one.learn(own, one.batches.next()[1])
     assert all(sum(held(one).values()) > 4 for one in trainers)
     for one in trainers:
         tally = one.copy()[one.index].tally
         assert tally.dropped == 0 and tally.lost > 10 and tally.steps == 12
         assert tally.staleness_max >= 1, 'many came after all'
         one.links = {i: Sink() for i in one.links}
-    for _ in range(3):
-        clock.now += 1e6
-        for one in trainers:
-            one.serve(0.0)
+    serve(3, 1e6)
     for one in trainers:
-        own = rows(random_x(1))
-        one.ask(own, 0)
-        one.learn(own, torch.zeros(4).long())
-    clock.now += 1e6
+        one.learn(rows(random_x(1)), one.batches.next()[1])
+    serve(1, 1e6)
     for one in trainers:
-        one.serve(0.0)
         kept = held(one).pop('_relayed')
         assert kept <= (64 if inputs == 'real' else 0)
         assert sum(held(one).values()) == kept
         one.settings.steps = one.steps_taken  # it has finished
-    for one in trainers:
-        one.serve(0.0)
-        assert sum(held(one).values()) == 0
+    serve(1, 0.0)
+    assert not any(any(held(one).values()) for one in trainers)
 
 
 @asynchronous
@@ -890,27 +881,27 @@ def test_whatever_is_lost_leaves_nothing_behind(folder, inputs):
 def test_a_grad_finds_the_inputs_that_its_answer_was_made_from(
         folder, late, still):
     """Also if it is faster than these; then nothing is left behind."""
-    link = conftest.load(folder).link
-    trainer, sinks = make_lone(folder, inputs='real', depth=2)
+    trainer, sinks = make_lone(folder, inputs='real')
     x, told, pull = random_x(1, 3), random_d(2, 3), random_d(3, 3)
-    grad = link.Grad((9, 1), 9, x, pull, 0, 1)
-    trainer.mailbox.put(link.Spike((9, 1), 9, x, 1))
+    grad = 'Grad', (9, 1), 9, x, pull, 0, 1
+    trainer.tell('Spike', (9, 1), 9, x, 1)
     trainer.serve(0.0)
     spike, = sinks[0].take('Spike')
     assert torch.equal(spike.x, x) and not sinks[9].messages
     if late:
-        trainer.mailbox.put(grad)
+        trainer.tell(*grad)
         trainer.serve(0.0)
-    trainer.mailbox.put(link.Answer(spike.key, 0, told, 17))
+    trainer.tell('Answer', spike.key, 0, told, 17)
     trainer.serve(0.0)
     if not late:
         assert held(trainer)['_relayed'] == 1
-        trainer.mailbox.put(grad)
-    own = conftest.load(folder).trainer.Rows(random_x(4), key=(5, 99))
-    y = torch.zeros(4).long()
-    trainer.learn(own, y)
-    parts = [alone(trainer.mach, own.x, trainer.student(own.x), y),
-             alone(trainer.mach, x, told.unsqueeze(1), pull=pull)]
+        trainer.tell(*grad)
+    x_own, y = trainer.batches.next()
+    trainer.learn(conftest.load(folder).trainer.Rows(x_own, key=(5, 99)), y)
+    parts = [
+        alone(trainer.mach, x_own, trainer.student(x_own), y),
+        alone(trainer.mach, x, told.unsqueeze(1), pull=pull)
+    ]
     assert_close(grads(trainer.mach), parts[0][1] + parts[1][1])
     answer, = sinks[9].take('Answer')
     assert answer.key == (9, 1)
@@ -928,10 +919,9 @@ def test_a_grad_finds_the_inputs_that_its_answer_was_made_from(
 @pytest.mark.parametrize('depth', [0, 1, 3])
 def test_spikes_go_as_deep_as_they_say(folder, depth, tripled):
     """And are answered without dropout."""
-    link = conftest.load(folder).link
     trainer, sinks = make_lone(folder, (0, 1), depth=4, dropout=0.5)
     x, told = random_x(1), random_d(3)
-    trainer.mailbox.put(link.Spike((9, 1), 9, x, depth))
+    trainer.tell('Spike', (9, 1), 9, x, depth)
     trainer.serve(0.0)
     for child in (0, 1):
         spikes = sinks[child].take('Spike')
@@ -939,7 +929,7 @@ def test_spikes_go_as_deep_as_they_say(folder, depth, tripled):
         if depth:
             assert spikes[0].x is x and spikes[0].sender == 5
             assert not sinks[9].messages
-            trainer.mailbox.put(link.Answer(spikes[0].key, child, told, 0))
+            trainer.tell('Answer', spikes[0].key, child, told, 0)
             trainer.serve(0.0)
     answer, = sinks[9].take('Answer')
     inputs = torch.stack([told, told], 1) if depth else trainer.student(x)
@@ -965,11 +955,11 @@ def test_own_messages_go_as_deep_as_the_experiment_says(folder, depth, inputs):
 @asynchronous
 @pytest.mark.parametrize('depth', [0, 1, 3])
 def test_grads_go_as_deep_as_they_say(folder, depth):
-    trainer, sinks = make_lone(folder, (0, 1))
+    trainer, sinks = make_lone(folder, (0, 1), depth=1)
     for i in (1, 2):
-        trainer.mailbox.put(
-            conftest.load(folder).link.Grad((9, i), 9, random_x(i, 2 + 4 * i),
-                                            random_d(i, 2 + 4 * i), 0, depth))
+        rows = 2 + 4 * i
+        x, pull = random_x(i, rows), random_d(i, rows)
+        trainer.tell('Grad', (9, i), 9, x, pull, 0, depth)
     trainer.step()
     for child in (0, 1):
         own, *sent = sinks[child].take('Grad')
@@ -983,31 +973,28 @@ def test_grads_go_as_deep_as_they_say(folder, depth):
 @pytest.mark.parametrize('asked, seconds', [('own', 21.0), ('relayed', 10.5)])
 def test_the_deadline_is_on_top_of_what_links_take(folder, asked, seconds):
     """What is made up half-way down is still in time further up."""
-    modules = conftest.load(folder)
+    names = dict(inputs='real', deadline=1.0, latency=4.0, jitter=1.0)
     for early in (True, False):
-        clock = Clock()
-        trainer, sinks = make_lone(folder, clock=clock, inputs='real', depth=2,
-                                   deadline=1.0, latency=4.0, jitter=1.0)
-        own = modules.trainer.Rows(random_x(1))
+        clock, told = Clock(), random_d(1)
+        trainer, sinks = make_lone(folder, clock=clock, **names)
+        own = conftest.load(folder).trainer.Rows(random_x(1))
         if asked == 'own':
             trainer.ask(own, 1, wait=True)
         else:
-            trainer.mailbox.put(modules.link.Spike((9, 1), 9, own.x, 1))
+            trainer.tell('Spike', (9, 1), 9, own.x, 1)
             trainer.serve(0.0)
         spike, = sinks[0].take('Spike')
         clock.now = seconds + (-0.1 if early else 0.1)
         trainer.serve(0.0)
         assert len(trainer._asked) == len(own.answers) + early
-        told = random_d(1)
-        trainer.mailbox.put(modules.link.Answer(spike.key, 0, told, 0))
+        trainer.tell('Answer', spike.key, 0, told, 0)
         trainer.serve(0.0)
         if asked == 'own':
             assert list(own.answers) == [0] * early
         else:
             answer, = sinks[9].take('Answer')
             inputs = told.unsqueeze(1) if early else trainer.student(own.x)
-            assert_close(answer.embedding,
-                         trainer.mach(own.x, inputs).detach())
+            assert_close(answer.embedding, trainer.mach(own.x, inputs).detach())
 
 
 # ------------------------------------- staleness, lessons, what is worth sending
@@ -1041,22 +1028,6 @@ def test_staleness_is_counted_in_steps_of_the_receiver(folder):
 
 
 @asynchronous
-def test_staleness_is_that_of_the_answer_used(folder):
-    """Whatever else the parent has seen in the meantime."""
-    link = conftest.load(folder).link
-    trainer, sinks = make_lone(folder, inputs='real')
-
-    def answer():
-        spike, = sinks[0].take('Spike')
-        for key, version in ((spike.key, 11), ((5, -1), 13)):
-            trainer.mailbox.put(link.Answer(key, 0, random_d(1), version))
-
-    trainer.step(answer)
-    assert sinks[0].take('Grad')[0].version == 11
-    assert trainer._seen == [13]
-
-
-@asynchronous
 @pytest.mark.parametrize('version, weight', [(6, 1), (4, 1), (3, 2 / 3),
                                              (1, 2 / 5)])
 def test_a_grad_weighs_less_the_staler_it_is(folder, version, weight, still):
@@ -1068,9 +1039,7 @@ def test_a_grad_weighs_less_the_staler_it_is(folder, version, weight, still):
         pull = visible(d, random_d(2, 3))
         for step in range(7):
             if told and step == 6:
-                trainer.mailbox.put(
-                    conftest.load(folder).link.Grad((9, 1), 9, x, pull, version,
-                                                    0))
+                trainer.tell('Grad', (9, 1), 9, x, pull, version, 0)
             trainer.step()
         found.append(grads(trainer.mach))
         assert trainer.tally.staleness_max == (6 - version) * told
@@ -1086,11 +1055,10 @@ def test_grads_that_push_scale_and_offset_do_so_in_vain(folder, inputs, still):
     x = random_x(1, 3)
     d = trainer.mach(x).detach()
     pull = 2 + 3 * d
-    trainer.mailbox.put(
-        conftest.load(folder).link.Grad((9, 1), 9, x, pull, 0, 0))
+    trainer.tell('Grad', (9, 1), 9, x, pull, 0, 0)
     trainer.step()
-    own = alone(trainer.mach, trainer.batches.taken[0][0], None,
-                trainer.batches.taken[0][1])[1]
+    own_x, y = trainer.batches.taken[0]
+    own = alone(trainer.mach, own_x, None, y)[1]
     pushed = alone(trainer.mach, x, None, pull=pull)[1]
     rest = ((grads(trainer.mach) - own).norm() / pushed.norm()).item()
     assert rest == pytest.approx(1 if inputs == 'real' else 0, abs=1e-2)
@@ -1099,10 +1067,9 @@ def test_grads_that_push_scale_and_offset_do_so_in_vain(folder, inputs, still):
 @asynchronous
 def test_each_answer_is_one_lesson(folder, still):
     """Of its slice alone, however late, and of its rows' share of the loss."""
-    link = conftest.load(folder).link
     trainer, sinks = make_lone(folder, (0, 1))
-    for _ in range(2):
-        trainer.step()
+    trainer.step()
+    trainer.step()
     first, second = sinks[0].take('Spike')
 
     def learn(*answers):
@@ -1112,7 +1079,7 @@ def test_each_answer_is_one_lesson(folder, still):
         for spike, child, seed in answers:
             told = random_d(seed)
             for d in (told, random_d(99)):
-                trainer.mailbox.put(link.Answer(spike.key, child, d, seed))
+                trainer.tell('Answer', spike.key, child, d, seed)
             distance = trainer.student(spike.x)[:, child] - told
             expected += distance.square().sum() / 4 / len(rows)
         trainer.step()
@@ -1136,8 +1103,8 @@ def test_each_answer_is_one_lesson(folder, still):
 def test_rows_with_the_largest_gradients_are_sent(folder, inputs, share, rows,
                                                   still):
     """Who has asked about all rows sends the Grads of all."""
-    trainer, sinks = make_lone(folder, share=share, grad_weight=3.0,
-                               inputs=inputs)
+    names = dict(inputs=inputs, share=share, grad_weight=3.0)
+    trainer, sinks = make_lone(folder, **names)
     trainer.batches = conftest.Batches(7, 8)
     trainer.step(lambda: True)
     x, y = trainer.batches.taken[0]
@@ -1155,18 +1122,18 @@ def test_rows_with_the_largest_gradients_are_sent(folder, inputs, share, rows,
 @pytest.mark.parametrize('kind', ['Spike', 'Grad x', 'Grad', 'Answer'])
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_dropped(folder, kind, value):
-    link = conftest.load(folder).link
     trainer, sinks = make_lone(folder)
     trainer.step()
     spike, _ = sinks[0].messages
     x, d, bad_x, bad_d = random_x(1), random_d(2), random_x(1), random_d(2)
     bad_x[1, 2] = bad_d[1, 2] = value
-    trainer.mailbox.put({
-        'Spike': link.Spike((9, 1), 9, bad_x, 0),
-        'Grad x': link.Grad((9, 1), 9, bad_x, d, 0, 0),
-        'Grad': link.Grad((9, 1), 9, x, bad_d, 0, 0),
-        'Answer': link.Answer(spike.key, 0, bad_d, 0),
-    }[kind])
+    trainer.tell(
+        *{
+            'Spike': ('Spike', (9, 1), 9, bad_x, 0),
+            'Grad x': ('Grad', (9, 1), 9, bad_x, d, 0, 0),
+            'Grad': ('Grad', (9, 1), 9, x, bad_d, 0, 0),
+            'Answer': ('Answer', spike.key, 0, bad_d, 0),
+        }[kind])
     trainer.step()
     trainer.step()
     assert trainer.tally.dropped == 1 and not sinks[9].messages
@@ -1180,7 +1147,7 @@ def test_a_loss_that_is_not_finite_ends_it(folder, where, name, monkeypatch):
     """Nothing of it is applied; where it is the target's, nothing is sent."""
     sent = []
     names = dict(sent=sent) if folder in conftest.ASYNCHRONOUS else {}
-    run = make_all(folder, **names)
+    run = make_all(folder, depth=1, **names)  # no Spike to send on
     for trainer in 2 * run.trainers + run.trainers[:-1]:
         trainer.step()
     trainer = run.trainers[-1]
@@ -1206,8 +1173,8 @@ def test_a_finished_mach_accounts_for_every_grad(folder, inputs, monkeypatch):
     applied, sent = collections.Counter(), []
     monkeypatch.setattr(metrics.Tally, 'grad',
                         lambda tally, _: applied.update([tally.mach]))
-    trainers = make_many(folder, COMPLETE, sent=sent, inputs=inputs, depth=2,
-                         steps=6, mailbox=9999)
+    names = dict(inputs=inputs, steps=6, mailbox=9999)
+    trainers = make_many(folder, COMPLETE, sent=sent, **names)
     for steps in (1, 3, 6):  # of the first, which is ahead
         while trainers[0].steps_taken < steps:
             take_step(trainers[0], trainers)
@@ -1220,8 +1187,7 @@ def test_a_finished_mach_accounts_for_every_grad(folder, inputs, monkeypatch):
     for _ in range(3):
         for one in trainers:
             one.serve(0.0)
-    total = collections.Counter(
-        type(message).__name__ for message, _ in sent)
+    total = collections.Counter(type(message).__name__ for message, _ in sent)
     dropped = [one.copy()[one.index].tally.dropped for one in trainers]
     assert total['Grad'] == sum(applied.values()) + sum(dropped)
     assert dropped[0] > 0 and min(applied.values()) > 0
