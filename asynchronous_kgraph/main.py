@@ -65,7 +65,7 @@ class Hyperparameters:
     shards: str = hparam('disjoint', 'images of a MACH', 'disjoint', 'full')
     # Run.
     seed: int = hparam(0, 'of weights, shards, shuffles', 0, 10**9)
-    steps: int = hparam(2500, 'training steps of each MACH', 1, 10**9)
+    steps: int = hparam(3000, 'training steps of each MACH', 1, 10**9)
     batch_size: int = hparam(128, 'own images in a step', 1, 60000)
     log_every: int = hparam(200, 'steps', 1, 10**9)
     evaluate_every: int = hparam(1000, 'steps, 0 for never', 0, 10**9)
