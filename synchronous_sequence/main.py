@@ -98,6 +98,7 @@ def reader(field):
     number = kind in (int, float)
 
     def read(text):
+        text = text.strip()
         with contextlib.suppress(ValueError):
             value = kind(text) if number else text
             if not limits or (limits[0] <= value <= limits[1]
@@ -105,7 +106,7 @@ def reader(field):
                 return text == 'True' if kind is bool else value
         wanted = (' to ' if number else ' or ').join(map(str, limits))
         raise argparse.ArgumentTypeError(
-            f'must be {kind.__name__}, {wanted}, not {text.strip()!r}')
+            f'must be {kind.__name__}, {wanted}, not {text!r}')
 
     return read
 
@@ -121,9 +122,9 @@ def read_hyperparameters(words):
     parser.error = lambda message: parser.exit(2, f'{EXPERIMENT}: {message}\n')
     for field in dataclasses.fields(Hyperparameters):
         limits, default = field.metadata['limits'], field.default
+        names = f'--{field.name}', f'--{field.name.replace("_", "-")}'
         parser.add_argument(
-            f'--{field.name}',
-            f'--{field.name.replace("_", "-")}',
+            *dict.fromkeys(names),
             dest=field.name,
             type=reader(field),
             default=str(default),  # as text, so that an edit is checked too
@@ -268,12 +269,12 @@ def train(trainers, settings, dataset, interrupted):
         if kind == 'failed':
             content, reason = content
             failed |= set(content)
-            print(f'{EXPERIMENT}: {reason}', file=sys.stderr)
+            print(f'{EXPERIMENT}: {reason.rstrip()}', file=sys.stderr)
         copies |= content
         before, slowest = slowest, min(
             [copies[i].tally.steps for i in copies if i not in failed] or
-            [settings.steps])
-        if (kind == 'copy' and slowest > before and settings.evaluate_every and
+            [slowest])
+        if (kind != 'ended' and slowest > before and settings.evaluate_every and
                 not interrupted.is_set()):
             mean = metrics.mean(
                 evaluate(copies, settings, dataset.validation_images,
@@ -359,8 +360,8 @@ def main(words):
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(sys.argv[1:])
     except KeyboardInterrupt:
         status = 130

@@ -37,6 +37,10 @@ SINGLE, SEQUENCE = 'synchronous_single', 'asynchronous_sequence'
 KGRAPH = 'asynchronous_kgraph'
 CORES = len(os.sched_getaffinity(0))
 MISSED = []  # floors
+# Products: (M, K, N, dW, dX) -> calls with x [M, K] and weight [N, K], and
+# whether they are followed by the products of either's gradient.
+COUNTS = collections.Counter()
+LINEAR = torch.nn.functional.linear
 
 
 @functools.cache
@@ -63,17 +67,16 @@ class Network:
         self.settings = self.main.Hyperparameters(**values)
         self.trainers = self.main.make_trainers(self.settings, load(folder))
         self.halt, self._open = threading.Event(), threading.Event()
-        self._events, self._locks = queue.SimpleQueue(), []
-        self._threads = []
-        for i, one in enumerate(self.trainers):
-            self._locks.append(threading.Lock())
-            one.step = functools.partial(self._step, self._locks[i], one.step)
-            if i not in stopped:
-                self._threads.append(
-                    threading.Thread(target=self.main.work,
-                                     args=(one, self.settings, self._events,
-                                           self.halt),
-                                     daemon=True))
+        self._events = queue.SimpleQueue()
+        self._locks = [threading.Lock() for _ in self.trainers]
+        for one, lock in zip(self.trainers, self._locks):
+            one.step = functools.partial(self._step, lock, one.step)
+        shared = self.settings, self._events, self.halt
+        self._threads = [
+            threading.Thread(target=self.main.work, args=(one, *shared))
+            for i, one in enumerate(self.trainers)
+            if i not in stopped
+        ]
 
     def _step(self, lock, step, *stopped):
         self._open.wait()
@@ -95,6 +98,7 @@ class Network:
         torch.set_num_threads(1)  # what a new thread begins with
         self._open.set()
         for thread in self._threads:
+            thread.daemon = True
             thread.start()
 
     def steps(self):
@@ -149,12 +153,6 @@ def measure(networks, warm_up, window):
             for pair in zip(before, after)], operations(counts) / seconds
 
 
-# Products: (M, K, N, dW, dX) -> calls with x [M, K] and weight [N, K], and
-# whether they are followed by the products of either's gradient.
-COUNTS = collections.Counter()
-LINEAR = torch.nn.functional.linear
-
-
 def counting_linear(x, weight, bias=None):
     """Stands in for torch.nn.functional.linear."""
     grad = torch.is_grad_enabled()
@@ -194,7 +192,7 @@ def latency(folder):
             Network(graph, folder, k=k, inputs=inputs, latency=s, deadline=60.0)
             for s in latencies
         ]
-        rates, _ = measure(networks, 3, 7)
+        rates, _ = measure(networks, 3, 8)
         if graph == SEQUENCE:  # its first has no children
             rates = [of[1:] for of in rates]
         means = [fmean(of) for of in rates]
@@ -219,11 +217,12 @@ def latency(folder):
 def accuracy(folder, steps=500, seeds=(0, 1)):
     """Accuracy in % against latency and loss, at the same number of steps."""
     keys = ('real', 'synthetic', 'staleness', 'rate')
+    conditions = (('none', '', None), ('10 ms a hop', '--latency 0.01', None),
+                  ('100 ms a hop', '--latency 0.1',
+                   0.3), ('a tenth lost', '--loss_rate 0.1',
+                          0.3), ('three tenths lost', '--loss_rate 0.3', 0.5))
     means = {}
-    for name, words in (('none', ''), ('10 ms a hop', '--latency 0.01'),
-                        ('100 ms a hop', '--latency 0.1'), ('a tenth lost',
-                                                            '--loss_rate 0.1'),
-                        ('three tenths lost', '--loss_rate 0.3')):
+    for name, words, _ in conditions:
         finals = []
         for seed in seeds:
             text = f'--steps {steps} --evaluate_every 0 --seed {seed} {words}'
@@ -235,13 +234,9 @@ def accuracy(folder, steps=500, seeds=(0, 1)):
     print(f'{KGRAPH}, {steps} steps, mean of seeds {seeds}, test set.')
     table(('condition', *keys),
           *([name, *found.values()] for name, found in means.items()))
-    for name, most in (('100 ms a hop', 0.3), ('a tenth lost', 0.3),
-                       ('three tenths lost', 0.5)):
-        for key in keys[:2]:
-            check(f'points of {key} that "{name}" costs',
-                  means['none'][key] - means[name][key],
-                  most,
-                  highest=True)
+    for (name, _, most), key in itertools.product(conditions[2:], keys[:2]):
+        cost = means['none'][key] - means[name][key]
+        check(f'points of {key} that "{name}" costs', cost, most, highest=True)
 
 
 def stragglers(folder):
@@ -273,8 +268,8 @@ def growth(folder, rounds=2):
         found = {k: [] for k in sizes}
         for k in sizes * rounds:
             some = overrides if k > 2 else {}  # in a pair there is but one
-            (rates,), work = measure([Network(graph, folder, k=k, **some)], 3,
-                                     3)
+            network = Network(graph, folder, k=k, **some)
+            (rates,), work = measure([network], 3, 3)
             found[k].append((sum(rates), work / 1e9))
         for i, what in enumerate(('steps', 'GFLOP')):
             medians = [median(of[i] for of in found[k]) for k in sizes]
@@ -288,7 +283,7 @@ def growth(folder, rounds=2):
 
 
 def product_seconds(shapes, dtype):
-    """Seconds of one call of each shape of `COUNTS` on a core, all being busy."""
+    """Seconds of a call of each shape of `COUNTS` on one core, all busy."""
 
     def work(_):
         torch.set_num_threads(1)
@@ -385,23 +380,21 @@ def seconds_to(network, folder, wanted, every=50):
     It looks each so many steps, while training is held. To choose a moment by
     the test set is wrong but where speed alone is compared, as here.
     """
-    dataset, seconds, reached = load(folder), 0.0, False
+    dataset, seconds = load(folder), 0.0
     for step in range(every, network.settings.steps + 1, every):
         started = time.perf_counter()
         network.reach(step)
         with network.held():
             seconds += time.perf_counter() - started
-            copies = {
-                k: v for t in network.trainers for k, v in t.copy().items()
-            }
+            copies = {}
+            for one in network.trainers:
+                copies |= one.copy()
             found = network.main.evaluate(copies, network.settings,
                                           dataset.test_images,
                                           dataset.test_labels)
-        reached = metrics.mean(found)['real'] >= wanted
-        if reached:
-            break
-    network.stop()
-    return seconds if reached else float('inf')
+        if metrics.mean(found)['real'] >= wanted:
+            return seconds
+    return float('inf')
 
 
 def plain(folder, steps=1500, wanted=98.0):
@@ -414,6 +407,7 @@ def plain(folder, steps=1500, wanted=98.0):
         network = Network(experiment, folder, steps=steps, precision=precision)
         network.start()
         seconds = seconds_to(network, folder, wanted)
+        network.stop()
         rows.append((f'{experiment} --steps {steps}', seconds, alone / seconds))
     table(('script', f'seconds to {wanted}', 'times faster'), *rows)
     check(f'{SINGLE}, times faster', rows[1][-1], 3.0)
@@ -437,8 +431,8 @@ def memory(folder, counts=(1000, 10000)):
 
 
 BENCHMARKS = {
-    function.__name__: function for function in (latency, accuracy, stragglers,
-                                                 growth, limit, plain, memory)
+    one.__name__: one
+    for one in (latency, accuracy, stragglers, growth, limit, plain, memory)
 }
 
 
@@ -468,7 +462,7 @@ def main(words):
         BENCHMARKS[names[0]](folder)
     print(f'({time.perf_counter() - started:.0f} s, {CORES} cores, torch '
           f'{torch.__version__}, {time.strftime("%Y-%m-%d")}; missed: '
-          f'{", ".join(MISSED) or "none"})\n')
+          f'{"; ".join(MISSED) or "none"})\n')
     return int(bool(MISSED))
 
 

@@ -83,7 +83,8 @@ def running(folder, tmp_path, *words, prefix=(), out=None):
                                    stdout=out or file,
                                    stderr=err)
     process.said = lambda name: (path / name).read_text(encoding='utf-8')
-    process.end = lambda: (process.wait(3 * LONG), *(p.read_text() for p in paths))
+    process.end = lambda: (process.wait(3 * LONG), *(p.read_text()
+                                                     for p in paths))
     try:
         yield process
     finally:
