@@ -100,7 +100,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss is not finite. Where it is the target
-                loss, nothing was sent.
+                loss, no Answer and no Grad was sent.
         """
         self._read_mail()
         served, self._served = list(self._served.values()), {}

@@ -1,10 +1,9 @@
-"""k MACHs, each fed by all others, trained as one autograd graph.
+"""k MACHs, each fed by all others, in lockstep: synthetic inputs, late Grads.
 
-One forward, one backward and one optimiser for all. With `delay 0` gradients
-flow through the edges: plain backpropagation. Otherwise edges are cut and a Grad
-is applied `delay` steps late. The controlled twin of asynchronous_kgraph.
-Differs from synchronous_sequence: the graph is all cycles, cut off by `depth`,
-and one backward serves all MACHs.
+The controlled twin of asynchronous_kgraph: the same exchange, with a delay that
+is set instead of one that happens. With `delay 0` and `inputs real` it is
+backpropagation through the graph unrolled to `depth`. Differs from
+synchronous_sequence: the graph is all cycles, cut off by `depth`.
 
     python synchronous_kgraph/main.py
 
