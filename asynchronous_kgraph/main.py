@@ -95,7 +95,7 @@ class Hyperparameters:
     student_hidden: int = hparam(128, 'units in each of two layers', 1, 16384)
     # Optimisation: AdamW, one learning-rate cycle over the run.
     learning_rate: float = hparam(0.003, 'peak', 0, 1e6)
-    student_learning_rate: float = hparam(0.002, 'peak', 0, 1e6)
+    student_learning_rate: float = hparam(0.001, 'peak', 0, 1e6)
     warmup: float = hparam(0.1, 'share of steps to the peak', 0, 0.999)
     weight_decay: float = hparam(0.05, 'not of the student', 0, 1e6)
     label_smoothing: float = hparam(0.1, 'regularises', 0, 0.999)
