@@ -80,8 +80,8 @@ class Hyperparameters:
     deadline: float = hparam(1.0, 'seconds, for answers waited for', 0.001, 1e6)
     mailbox: int = hparam(1024, 'messages; full, the oldest goes', 1, 10**6)
     share: float = hparam(0.25, 'of own rows sent: largest Grads', 0.001, 1)
-    grad_weight: float = hparam(1.0, 'factor on the Grads it sends', 0, 1e6)
-    stale_after: float = hparam(2.0, 'steps; staler Grads weigh less', 0.1, 1e9)
+    grad_weight: float = hparam(0.25, 'of each Grad beside own ones', 0, 1e6)
+    recent: int = hparam(32, 'messages kept, each kind and neighbour', 1, 10**6)
     # Conditions: what links and MACHs are made to suffer.
     latency: float = hparam(0.0, 'seconds on an edge, each way', 0, 1e6)
     jitter: float = hparam(0.0, 'seconds more at most, at random', 0, 1e6)

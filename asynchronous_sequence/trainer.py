@@ -1,11 +1,21 @@
 """The delayed-gradient trainer of one MACH: every method runs on its thread.
 
 A step trains the MACH on a batch of its own and, in the same forward, answers
-the Spikes and applies the Grads that have come in the meantime. Nobody waits for
-a Grad: it is sent and forgotten, and applied by the child with the parameters it
-has when it comes. How late that is, is counted (staleness), never assumed.
+Spikes and applies Grads. Nobody waits for a Grad: it is sent and forgotten, and
+applied by the child with the parameters it has then. How late that is, is counted
+(staleness), never assumed. Three rules make it the same who is scheduled when:
+
+1. A step uses one message of each neighbour and kind, the newest not yet used,
+   however many have come; the others wait for the next steps.
+2. If there is no new Grad or answer, it uses an old one again.
+3. Each Grad counts `grad_weight` times as much as the gradient of the own batch,
+   and none of it is used that its sender cannot mean.
+
+Who has taken the last step learns no more, but goes on answering and, for those
+children that still learn, teaching.
 """
 
+import collections
 import copy
 import dataclasses
 import itertools
@@ -35,8 +45,41 @@ class Rows:
     spike: link.Spike | None = None  # to answer
     grad: link.Grad | None = None  # to apply
     key: tuple | None = None  # of own Spikes, once the children are asked
+    depth: int = 0  # of these
     expires: float = math.inf  # clock seconds; then answers come too late
     answers: dict = dataclasses.field(default_factory=dict)  # by child position
+
+
+class Recent:
+    """What has come of one kind from one neighbour, the last `limit` of it.
+
+    A flood is spread over the steps after it, a drought bridged: a step finds as
+    much to learn from, whoever is scheduled when.
+    """
+
+    def __init__(self, limit):
+        self.new = collections.deque()
+        self._used = collections.deque(maxlen=limit)
+
+    def add(self, one):
+        """Returns how many had to go that were never used."""
+        self.new.append(one)
+        full = len(self.new) > self._used.maxlen
+        if full:
+            self.new.popleft()
+        return int(full)
+
+    def take(self, again):
+        """The newest not yet used; or, `again`, the one used longest ago.
+
+        None if there is none.
+        """
+        if not self.new and not (again and self._used):
+            return None
+        one = self.new.pop() if self.new else self._used.popleft()
+        if again:
+            self._used.append(one)
+        return one
 
 
 class Trainer:
@@ -57,22 +100,30 @@ class Trainer:
         self.children, self.batches, self.settings = children, batches, settings
         self.mailbox = link.Mailbox(settings.mailbox)
         self.links = {}  # neighbour's index -> Link
+        self.locked = settings.inputs == 'real'  # the yardstick: exact, slow
         self.steps_taken = 0
         self.tally = metrics.Tally(index)
         self._keys = zip(itertools.repeat(index), itertools.count())
         self._seen = [0] * len(children)  # their step counts when last heard of
+        self._wanted = False  # as a teacher: a child that learns has answered
+        # What has come, by kind, neighbour and depth.
+        self._recent = collections.defaultdict(lambda: Recent(settings.recent))
         # Rows by key, in order of arrival. At the mailbox's limit the oldest go:
         # memory is bounded whatever is lost or never comes.
         self._asked = {}  # about which children have not all answered
-        self._lessons = {}  # with the answers that the student is yet to learn
-        self._served = {}  # of others, for the next forward
         self._relayed = {}  # of others, answered with real inputs: for the Grad
+        # Rows by key of the next forward: of others, and for the student.
+        self._served, self._lessons = {}, {}
         self._optimiser = Optimiser(mach, settings.learning_rate,
                                     settings.weight_decay, settings)
         if children:
+            # It ends at a fiftieth of the peak and goes on like that: Grads of a
+            # teacher are about the children as they have become.
             self._student_optimiser = Optimiser(student,
                                                 settings.student_learning_rate,
-                                                0.0, settings)
+                                                0.0,
+                                                settings,
+                                                final_div_factor=2)
 
     # ------------------------------------------------------------- the step
 
@@ -84,8 +135,7 @@ class Trainer:
         """
         x, y = self.batches.next()
         own = Rows(x)
-        if (self.settings.inputs == 'real' and self.children and
-                self.settings.depth > 0):
+        if self.locked and self.children and self.settings.depth > 0:
             self.ask(own, self.settings.depth - 1, wait=True)
             # A k-graph is all cycles: who waits must go on answering others.
             while own.key in self._asked and not stopped():
@@ -103,39 +153,55 @@ class Trainer:
                 loss, no Answer and no Grad was sent.
         """
         self._read_mail()
+        self._take(link.Spike, link.Grad, link.Answer)
         served, self._served = list(self._served.values()), {}
         inputs, embedding = self._embed([own] + served, len(y))
-        logits = self.mach.head(embedding[:len(y)]).to(embedding.dtype)
+        d = embedding.detach()  # [R, E]
+        leaf = d[:len(y)].requires_grad_()
+        logits = self.mach.head(leaf).to(d.dtype)
         loss = functional.cross_entropy(
             logits, y, label_smoothing=self.settings.label_smoothing)
         check_finite(loss, 'target loss')
-        embedding = embedding[len(y):]  # [R - B, E], of others' rows
-        self._answer(served, embedding.detach())
-        torch.autograd.backward([loss, embedding],
-                                [None, self._gather(served, embedding)])
-        self._optimiser.step()
+        self._answer(served, d[len(y):])
+        loss.backward()  # the head; what is below it learns from Grads as well
+        others = self._gather(served, d[len(y):], leaf.grad)
+        embedding.backward(torch.cat([leaf.grad, others]))
+        if self.finished:
+            self.mach.zero_grad()  # it teaches: it stays as it is
+        else:
+            self._optimiser.step()
         if self.children:
             self._tell_children(own, served, inputs.grad)
-            self._teach()
-        self.steps_taken += 1
-        self.tally.step(loss, logits, y)
+            self._teach_student()
+        if not self.finished:
+            self.steps_taken += 1
+            self.tally.step(loss, logits, y)
+
+    @property
+    def finished(self):
+        """Whether it has taken its last step."""
+        return self.steps_taken == self.settings.steps
 
     def serve(self, timeout):
-        """Answers Spikes without training; waits up to `timeout` s for mail.
+        """Answers Spikes without learning; waits up to `timeout` s for mail.
 
-        Grads are kept for the next step. After the last one they come too late:
-        its learning rate has come down to nothing. They count as dropped.
+        Grads are kept for the next step; after the last one they count as
+        dropped. Then, at the pace of the slowest, it teaches: for each answer
+        of a child that still learns it sends Grads about one more batch.
         """
         self._read_mail(timeout)
-        spiked = [rows for rows in self._served.values() if rows.spike]
-        if spiked:
+        if self.finished:
+            for kind in [k for k in self._recent if k[0] is link.Grad]:
+                self.tally.dropped += len(self._recent.pop(kind).new)
+            if self._wanted:
+                self._wanted = False
+                x, y = self.batches.next()
+                self.learn(Rows(x), y)
+        self._take(link.Spike)
+        served, self._served = list(self._served.values()), {}
+        if served:
             with torch.no_grad():
-                self._answer(spiked, self._embed(spiked)[1])
-        self._served = {k: r for k, r in self._served.items() if r.grad}
-        if self.steps_taken == self.settings.steps:
-            self.tally.dropped += len(self._served)
-            for kept in (self._lessons, self._served, self._relayed):
-                kept.clear()
+                self._answer(served, self._embed(served)[1])
 
     def copy(self, networks=True):
         """MACH -> Copy of it as it is now; of its counts alone if asked to."""
@@ -164,27 +230,21 @@ class Trainer:
             patience = settings.deadline / max(hops, settings.depth)
         rows.expires = self.mailbox.clock() + hops * (
             patience + 2 * (settings.latency + settings.jitter))
-        rows.key = next(self._keys)
+        rows.key, rows.depth = next(self._keys), depth
         self._keep(self._asked, rows.key, rows)
         for child in self.children:
             self.links[child].send(
                 link.Spike(rows.key, self.index, rows.x, depth))
 
     def _read_mail(self, timeout=0.0):
-        """Sorts what has arrived; sends Spikes on that have depth left."""
+        """Sorts what has arrived, closes what has expired."""
         for message in self.mailbox.collect(timeout):
             if not link.is_finite(message):
                 self.tally.dropped += 1  # a neighbour diverges: do not follow
             elif isinstance(message, link.Answer):
                 self._note_answer(message)
-            elif isinstance(message, link.Grad):
-                rows = self._relayed.pop(message.key, Rows(message.x))
-                self._keep(self._served, message.key, rows).grad = message
-            elif message.depth > 0 and self.children:
-                self.ask(Rows(message.x, message), message.depth - 1, wait=True)
             else:
-                rows = self._keep(self._served, message.key, Rows(message.x))
-                rows.spike = message
+                self._add(message, message.depth, message)
         now = self.mailbox.clock()
         for rows in [r for r in self._asked.values() if r.expires <= now]:
             self._close(rows)
@@ -192,13 +252,13 @@ class Trainer:
     def _note_answer(self, answer):
         """One answer is one lesson, and the input of who waits for it."""
         position = self.children.index(answer.sender)
+        self._wanted |= answer.version < self.settings.steps
         self._seen[position] = max(answer.version, self._seen[position])
         rows = self._asked.get(answer.key)
         if rows is None or position in rows.answers:
             return  # too late
         rows.answers[position] = answer
-        lesson = self._keep(self._lessons, rows.key, Rows(rows.x))
-        lesson.answers[position] = answer
+        self._add(answer, rows.depth, (rows, position))
         if len(rows.answers) == len(self.children):
             self._close(rows)
 
@@ -206,13 +266,45 @@ class Trainer:
         """Nobody waits for more answers; a relayed Spike can be answered."""
         self._asked.pop(rows.key, None)
         if rows.spike is not None:
-            key = rows.spike.key
-            if key in self._served:  # its Grad was faster
-                rows.grad = self._served.pop(key).grad
-            self._keep(self._served, key, rows)
-            if self.settings.inputs == 'real' and rows.grad is None:
-                # It is to find the inputs that the answer was made from.
-                self._keep(self._relayed, key, rows)
+            self._served[rows.spike.key] = rows
+            if self.locked:  # its Grad is to find the answer's inputs
+                self._keep(self._relayed, rows.spike.key, rows)
+
+    def _add(self, message, depth, content):
+        """Keeps what a message brings until a step has use for it."""
+        kind = type(message), message.sender, depth
+        self.tally.dropped += self._recent[kind].add(content)
+
+    def _take(self, *kinds):
+        """Gets one of each kind, neighbour and depth ready for the next forward.
+
+        All that there are if `locked`, or if Spikes are all that is wanted: then
+        it is to be exact, and nobody learns.
+        """
+        everything = self.locked or kinds == (link.Spike,)
+        for kind, recent in list(self._recent.items()):
+            again = not everything and kind[0] is not link.Spike
+            while kind[0] in kinds:
+                one = recent.take(again)
+                if one is not None:
+                    self._ready(one)
+                if one is None or not everything:
+                    break
+
+    def _ready(self, message):
+        """Rows of it to be served or learnt; sends on a Spike with depth left."""
+        if isinstance(message, tuple):
+            rows, position = message
+            lesson = self._lessons.setdefault(rows.key, Rows(rows.x))
+            lesson.answers[position] = rows.answers[position]
+        elif isinstance(message, link.Grad):
+            rows = self._relayed.pop(message.key, Rows(message.x))
+            self._served.setdefault(message.key, rows).grad = message
+        elif message.depth > 0 and self.children:
+            self.ask(Rows(message.x, message), message.depth - 1, wait=True)
+        else:
+            rows = self._served.setdefault(message.key, Rows(message.x))
+            rows.spike = message
 
     def _keep(self, kept, key, rows):
         """Adds Rows unless there are some of this key; returns what is there."""
@@ -250,15 +342,20 @@ class Trainer:
             largest = first.flatten(1).norm(dim=1).topk(rows).indices
             own, first = Rows(own.x[largest]), first[largest]
             self.ask(own, max(0, settings.depth - 1))
-        self._send_grads(own, first * settings.grad_weight, settings.depth)
+        self._send_grads(own, first, settings.depth)
         for rows, part in zip(served, parts):
             if rows.grad:
                 self._send_grads(rows, part, rows.grad.depth)
 
     def _send_grads(self, rows, gradient, depth):
-        """Sends each child its slice of gradient [B, C, E] if there is depth."""
+        """Sends each child that learns its slice of gradient [B, C, E].
+
+        If there is depth left.
+        """
         key = rows.key or next(self._keys)
         for position, child in enumerate(self.children if depth > 0 else []):
+            if self._seen[position] >= self.settings.steps:
+                continue  # it has taken its last step
             answer = rows.answers.get(position)
             self.links[child].send(
                 link.Grad(key, self.index, rows.x, gradient[:, position],
@@ -291,32 +388,41 @@ class Trainer:
             inputs.requires_grad_()
         return inputs, torch.relu(local + self.mach.joined_part(inputs))
 
-    def _gather(self, served, embedding):
-        """What Grads say of embedding [R, E], so that late ones do no harm.
+    def _gather(self, served, d, own):
+        """What Grads say of d(x) [R, E], so that no schedule does harm.
 
-        The staler, the less they weigh: in inverse proportion, from
-        `stale_after` steps on (Zhang et al. 2016, arXiv 1511.05950).
+        Each is scaled to weigh `grad_weight` times as much as the own gradient,
+        by the sum of its rows' norms: neither a flood nor one out of all measure
+        can outshout the own data. A Grad says which way, not how far.
 
-        And what they say of a row's mean and of its component along d - mean(d)
+        And what it says of a row's mean and of its component along d - mean(d)
         is left out. The parents' joiners normalise, so they see neither, and a
         gradient taken at the d that is there has neither. One taken at a
         student's output, or at a d of long ago, has: it would push scale and
         offset on and on, as nothing the parents see ever changes.
+
+        Args:
+            own: [B, E], of the target loss.
         """
-        gradient, after = torch.zeros_like(embedding), self.settings.stale_after
+        gradient = torch.zeros_like(d)
         for rows, part in zip(served, split(gradient, served)):
             if rows.grad:
-                staleness = self.steps_taken - rows.grad.version
-                part += rows.grad.gradient * (after / max(after, staleness))
-                self.tally.grad(staleness)
-        if self.settings.inputs == 'synthetic':
-            unseen = embedding.detach()
-            unseen = functional.layer_norm(unseen, unseen.shape[-1:])
-            gradient -= gradient.mean(1, keepdim=True)
-            gradient -= unseen * (unseen * gradient).mean(1, keepdim=True)
+                self.tally.grad(self.steps_taken - rows.grad.version)
+                part += rows.grad.gradient
+        if self.locked or not served:
+            return gradient
+        sizes = split(gradient.norm(dim=1), served)
+        weights = self.settings.grad_weight * own.norm(
+            dim=1).sum() / torch.stack([size.sum() for size in sizes
+                                       ]).clamp_min(1e-30)
+        for part, weight in zip(split(gradient, served), weights):
+            part *= weight
+        unseen = functional.layer_norm(d, d.shape[-1:])
+        gradient -= gradient.mean(1, keepdim=True)
+        gradient -= unseen * (unseen * gradient).mean(1, keepdim=True)
         return gradient
 
-    def _teach(self):
+    def _teach_student(self):
         """Trains the student on the answers that have come."""
         lessons, self._lessons = list(self._lessons.values()), {}
         if not lessons:
@@ -333,14 +439,20 @@ class Trainer:
         self.tally.lesson(loss)
 
 
-# Copied from synchronous_single/trainer.py
 class Optimiser:
     """AdamW with one learning-rate cycle over the run; a step clears the grads.
 
-    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
+    rate begins at a 25th of the peak and ends at a `final_div_factor`th of that;
+    there it stays.
     """
 
-    def __init__(self, network, peak, weight_decay, settings):
+    def __init__(self,
+                 network,
+                 peak,
+                 weight_decay,
+                 settings,
+                 final_div_factor=1e4):
         self._adamw = torch.optim.AdamW(network.parameters(),
                                         peak,
                                         weight_decay=weight_decay,
@@ -351,12 +463,14 @@ class Optimiser:
             peak,
             total,
             pct_start=max(settings.warmup, 2 / total),  # a step at least
-            cycle_momentum=False)
+            cycle_momentum=False,
+            final_div_factor=final_div_factor)
 
     def step(self):
         """Applies the gradients that have been accumulated, then drops them."""
         self._adamw.step()
-        self._cycle.step()
+        if self._cycle.last_epoch < self._cycle.total_steps - 1:
+            self._cycle.step()
         self._adamw.zero_grad()
 
 

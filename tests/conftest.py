@@ -79,7 +79,7 @@ def make_settings(**overrides):
                   inputs='synthetic',
                   deadline=1e9,
                   mailbox=64,
-                  stale_after=1e9,
+                  recent=64,
                   latency=0.0,
                   jitter=0.0,
                   share=1.0,

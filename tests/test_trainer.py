@@ -240,6 +240,8 @@ def held(trainer):
         if isinstance(value, dict) and name != 'links'
     }
     assert {'_asked', '_lessons', '_served', '_relayed'} <= set(sizes)
+    for (kind, *where), recent in trainer._recent.items():
+        sizes[kind.__name__, *where] = len(recent.new)
     return sizes | {'mailbox': len(trainer.mailbox._messages)}
 
 
@@ -291,6 +293,16 @@ def alone(mach, x, inputs, y=None, pull=None, dropout=False):
     if inputs is not None:
         sent, = torch.autograd.grad(root, inputs, pull, retain_graph=True)
     return d.detach(), gradient(root, [mach], pull), sent
+
+
+def weighed(trainer, own_x, y, pull, dropout=False):
+    """A Grad as its receiver scales it, by the norms of its rows."""
+    inputs = trainer.student and trainer.student(own_x).detach()
+    local = trainer.mach.local_part(own_x) * (3 if dropout else 1)
+    d = torch.relu(local + trainer.mach.joined_part(inputs)).detach()
+    own, = torch.autograd.grad(entropy(trainer.mach, d.requires_grad_(), y), d)
+    size = lambda rows: rows.norm(dim=1).sum()
+    return trainer.settings.grad_weight * size(own) / size(pull) * pull
 
 
 def visible(d, pull):
@@ -550,6 +562,7 @@ def test_fused_equals_separate(folder, children, order, still, tripled):
     trainer.step()
     assert [len(x) for x in forwards] == [4 + 3 + 5]
     x, y = trainer.batches.taken[0]
+    pulls = [weighed(trainer, x, y, pull, True) for pull in pulls]
     parts = [
         alone(mach, x, synthetic(x), y, dropout=True),
         alone(mach, asked, synthetic(asked), pull=pulls[0]),
@@ -563,7 +576,7 @@ def test_fused_equals_separate(folder, children, order, still, tripled):
         assert set(sent) == {4, 3}, 'own and the one with depth left go on'
         order = [int((x == row).all(1).nonzero()) for row in sent[4].x]
         assert sorted(order) == [0, 1, 2, 3]
-        assert_close(sent[4].gradient, 2 * parts[0][2][order, position])
+        assert_close(sent[4].gradient, parts[0][2][order, position])
         assert_close(sent[3].gradient, parts[1][2][:, position])
 
 
@@ -1104,7 +1117,7 @@ def test_each_answer_is_one_lesson(folder, still):
 def test_rows_with_the_largest_gradients_are_sent(folder, inputs, share, rows,
                                                   still):
     """Who has asked about all rows sends the Grads of all."""
-    names = dict(inputs=inputs, share=share, grad_weight=3.0)
+    names = dict(inputs=inputs, share=share)
     trainer, sinks = make_lone(folder, **names)
     trainer.batches = conftest.Batches(7, 8)
     trainer.step(lambda: True)
@@ -1116,7 +1129,7 @@ def test_rows_with_the_largest_gradients_are_sent(folder, inputs, share, rows,
     assert torch.equal(spike.x, grad.x)
     found = [int((x == row).all(1).nonzero()) for row in grad.x]
     assert set(found) == set(largest) and len(found) == rows
-    assert_close(grad.gradient, 3 * sent[found, 0])
+    assert_close(grad.gradient, sent[found, 0])
 
 
 @asynchronous

@@ -1,0 +1,208 @@
+"""Does it matter who is scheduled when? python tests/benchmark_schedules.py
+
+Runs both asynchronous experiments in one thread on every schedule of
+tests/schedules.py, beside isolated MACHs, and prints a table of each: validation
+accuracy, mean of three seeds that no hyperparameter was chosen on. Ends with the
+ratios beside their floors; exit status 1 says that a floor was missed.
+
+    python tests/benchmark_schedules.py                # 400 steps, 15 minutes
+    python tests/benchmark_schedules.py --steps 2500   # 1.5 hours
+"""
+
+import argparse
+import collections
+import os
+import pathlib
+import sys
+from concurrent import futures
+from statistics import fmean
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import conftest
+import schedules
+from mach import data
+
+ISOLATED = 'isolated'
+# Within so many points of `ordered`; None: not below isolated is all.
+MARGINS = dict.fromkeys(schedules.SCHEDULES, 0.3)
+MARGINS |= dict(ordered=None, leaver=None, unequal=0.5)
+FLOOD = 500  # Grads that one MACH finds in its mailbox at one time
+LOUD = 1000.0  # times too large, the Grads of one MACH
+MISSED = []
+
+
+def flood(trainers, turn, k, steps):
+    """At half of the run one MACH gets its next Grad FLOOD times over."""
+    if turn != k * steps // 2:
+        return
+    mailbox = trainers[0].mailbox
+    grads = [m for *_, m in mailbox._messages if hasattr(m, 'gradient')]
+    for i in range(FLOOD):
+        mailbox.put(grads[i % len(grads)])
+
+
+def loud(trainers, turn):
+    """From the first turn on all Grads of the last MACH are out of measure."""
+    if turn:
+        return
+    for out in trainers[-1].links.values():
+        send = out.send
+
+        def send_loud(message, send=send):
+            if hasattr(message, 'gradient'):
+                fields = vars(message) | dict(gradient=LOUD * message.gradient)
+                message = type(message)(**fields)
+            send(message)
+
+        out.send = send_loud
+
+
+def one_run(job):
+    """Result of one run without its trainers; in a process of its own."""
+    experiment, schedule, seed, steps, folder = job
+    main, dataset = conftest.load_main(experiment), data.load(
+        folder, 5000, True)
+    names = dict(seed=seed, steps=steps)
+    if schedule == ISOLATED:
+        names |= dict(connected=False)
+    if schedule in ('flood', 'loud', 'undisturbed'):
+        k = main.Hyperparameters.k
+        disturb = dict(loud=loud,
+                       flood=lambda *now: flood(*now, k, steps)).get(schedule)
+        result = schedules.run(main,
+                               'ordered',
+                               dataset,
+                               until=min(steps, steps // 2 + 50),
+                               disturb=disturb,
+                               **names)
+    else:
+        name = 'ordered' if schedule == ISOLATED else schedule
+        result = schedules.run(main, name, dataset, **names)
+    return job, result[:2]
+
+
+def check(what, value, bound, least):
+    """Prints one figure beside its bound."""
+    met = value >= bound if least else value <= bound
+    MISSED.extend([what] * (not met))
+    print(f'- {what}: {value:.2f} (at {"least" if least else "most"} {bound}: '
+          f'{"met" if met else "MISSED"})')
+
+
+def table(experiment, found, seeds, names):
+    """Prints the table of one experiment and what it says of the floors."""
+    print(f'\n## {experiment}\n\n| schedule | real | synthetic | worst MACH | '
+          'least gain | staleness, mean / max | dropped |\n' + '| --- ' * 7 +
+          '|')
+    means, least = {}, {}
+    for name in names:
+        runs = [found[experiment, name, seed][0] for seed in seeds]
+        own = [found[experiment, name, seed][1] for seed in seeds]
+        means[name] = [
+            fmean(schedules.mean(run, key)
+                  for run in own)
+            for key in ('real', 'synthetic')
+        ]
+        alone = [found[experiment, ISOLATED, seed][0] for seed in seeds]
+        gains = [
+            mine['real'] - its['real']
+            for run, bare in zip(own, alone)
+            for mine, its in zip(run, bare)
+            if mine['real'] == mine['real']
+        ]
+        least[name] = min(gains)
+        worst = [
+            min(a[key]
+                for run in own
+                for a in run
+                if a[key] == a[key])
+            for key in ('real', 'synthetic')
+        ]
+        late = fmean(schedules.mean(run, 'staleness') for run in runs)
+        latest = max(a['staleness_max'] for run in runs for a in run)
+        dropped = fmean(sum(a['dropped'] for a in run) for run in runs)
+        print(f'| {name} | {means[name][0]:.2f} | {means[name][1]:.2f} | '
+              f'{worst[0]:.2f} / {worst[1]:.2f} | {min(gains):+.2f} | '
+              f'{late:.1f} / {latest} | {dropped:.0f} |')
+    print()
+    ranks = collections.defaultdict(list)
+    for seed in seeds if 'unequal' in names else ():
+        finals, own = found[experiment, 'unequal', seed]
+        order = schedules.draw_ranks('unequal', len(own), seed)
+        for rank, i in enumerate(order):
+            ranks[rank].append((own[i]['real'], own[i]['synthetic'],
+                                finals[i]['real'], finals[i]['synthetic']))
+    if ranks:
+        print('unequal, from the slowest to the fastest, real / synthetic at '
+              'its own end (at the end of the run): ' +
+              ', '.join('{:.2f} / {:.2f} ({:.2f} / {:.2f})'.format(
+                  *map(fmean, zip(*ranks[rank])))
+                        for rank in sorted(ranks)) + '\n')
+    for name in names:
+        bound = MARGINS.get(name)
+        if name in ('flood', 'loud'):
+            check(f'{name}: points below undisturbed, 50 steps after half',
+                  means['undisturbed'][0] - means[name][0], 1.0, False)
+        elif name == 'unequal':
+            for key, kind in enumerate(('real', 'synthetic')):
+                worst = min(fmean(r[key] for r in ranks[i]) for i in ranks)
+                check(f'{name}: points of {kind} below ordered, worst rank',
+                      means['ordered'][key] - worst, bound, False)
+        elif bound:
+            for key, kind in enumerate(('real', 'synthetic')):
+                check(f'{name}: points of {kind} below ordered',
+                      means['ordered'][key] - means[name][key], bound, False)
+    for name in names:
+        if name in schedules.SCHEDULES:
+            check(f'{name}: least gain of a MACH over isolated', least[name], 0,
+                  True)
+
+
+def main():
+    """Runs what is asked for; exit status 1 if a floor was missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--steps', type=int, default=400)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[3, 4, 5])
+    parser.add_argument('--experiments',
+                        nargs='+',
+                        default=conftest.ASYNCHRONOUS,
+                        choices=conftest.ASYNCHRONOUS)
+    parser.add_argument('--schedules',
+                        nargs='+',
+                        default=schedules.SCHEDULES,
+                        choices=schedules.SCHEDULES)
+    parser.add_argument('--data',
+                        default=conftest.DATA or conftest.ROOT / 'data',
+                        help='folder of the MNIST files')
+    words = parser.parse_args()
+    names = list(dict.fromkeys(['ordered', *words.schedules]))
+    names += [ISOLATED, 'undisturbed', 'flood', 'loud']
+    jobs = [(experiment, name, seed, words.steps, str(words.data))
+            for name in names
+            for seed in words.seeds
+            for experiment in words.experiments]
+    cores, found = len(os.sched_getaffinity(0)), {}
+    with futures.ProcessPoolExecutor(
+            cores, torch.multiprocessing.get_context('spawn')) as pool:
+        for done in futures.as_completed(
+            [pool.submit(one_run, job) for job in jobs]):
+            job, result = done.result()
+            found[job[:3]] = result
+            print(*job[:4],
+                  *(f'{schedules.mean(result[1], key):.2f}'
+                    for key in ('real', 'synthetic')),
+                  file=sys.stderr,
+                  flush=True)
+    print(f'{words.steps} steps, validation, mean of seeds {words.seeds}; '
+          'each MACH at its own end')
+    for experiment in words.experiments:
+        table(experiment, found, words.seeds, names)
+    return int(bool(MISSED))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Runs an asynchronous experiment in one thread, its MACHs in a drawn order.
+
+Threads leave it to the operating system who takes which step when; here a
+schedule does, by the seed: every run can be repeated to the bit. Time is counted
+in turns, so that nothing depends on a clock either.
+"""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+import typing
+
+import torch
+
+SCHEDULES = ('ordered', 'random', 'bursts 5', 'bursts 20', 'unequal', 'nap',
+             'late', 'leaver', 'early 10', 'early 50')
+FASTEST = 16  # times the slowest, of `unequal`
+LATE = 50  # turns of its receiver that a message of `late` takes at most
+SECOND = 30  # turns: about what a MACH takes in a second on threads
+
+
+def draw_ranks(schedule, k, seed=0):
+    """The MACHs in an order drawn by the seed.
+
+    The first naps, leaves or is early; in `unequal` they go from slow to fast.
+    """
+    return random.Random(f'{schedule} {seed}').sample(range(k), k)
+
+
+def turns(schedule, k, steps, seed=0):
+    """Yields for ever whose turn it is: indices of MACHs, 0 to k - 1.
+
+    Args:
+        schedule: one of
+            'ordered', 'late': all in turn;
+            'random': each turn is drawn;
+            'bursts n': n turns in a row of a MACH that is drawn;
+            'unequal': as often as their speeds say, from 1 to FASTEST;
+            'nap': in turn, but one MACH has none in the middle third of a run;
+            'leaver': in turn, but one MACH has none after half of its steps;
+            'early n': in turn, after n turns of one MACH.
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    match = re.fullmatch(r'(bursts|early) (\d+)', schedule)
+    name, count = match.groups() if match else (schedule, 1)
+    if name not in {known.split()[0] for known in SCHEDULES}:
+        raise ValueError(f'no schedule {schedule!r}; there are {SCHEDULES}')
+    draw, everybody = random.Random(f'turns {schedule} {seed}'), list(range(k))
+    ranks = draw_ranks(schedule, k, seed)
+    if name in ('random', 'bursts'):
+        while True:
+            yield from [draw.choice(everybody)] * int(count)
+    if name == 'unequal':
+        due = [0.0] * k
+        while True:
+            for rank, i in enumerate(ranks):
+                due[i] += FASTEST**(rank / max(1, k - 1) - 1)
+                if due[i] > 1 - 1e-9:
+                    due[i] -= 1
+                    yield i
+    if name == 'early':
+        yield from ranks[:1] * int(count)
+    if name == 'nap':
+        yield from everybody * (steps // 3) + ranks[1:] * (steps // 3)
+    if name == 'leaver':
+        yield from everybody * (steps // 2)
+        everybody = ranks[1:]
+    yield from itertools.cycle(everybody)
+
+
+class Result(typing.NamedTuple):
+    """What came of a run: of each MACH a dict of mach, synthetic, real, totals.
+
+    Accuracies are in percent, nan for one that left.
+    """
+    finals: list  # at the end of the run
+    own: list  # when the MACH had just taken its last step
+    trainers: list
+
+
+def run(main, schedule, dataset, until=None, disturb=None, **overrides):
+    """Trains all MACHs of an experiment, in one thread.
+
+    Who has taken the last step serves in its turns, as on a thread.
+
+    Args:
+        main: the module of its main.py.
+        schedule: as in `turns`.
+        dataset: evaluated on its validation images.
+        until: steps at which a MACH stops; None for its last.
+        disturb: called with the trainers and the number of turns before each.
+        **overrides: hyperparameters.
+    Returns:
+        A Result.
+    """
+    torch.set_num_threads(1)
+    settings = dataclasses.replace(main.Hyperparameters(**overrides),
+                                   deadline=SECOND *
+                                   main.Hyperparameters.deadline,
+                                   jitter=LATE if schedule == 'late' else 0.0)
+    torch.manual_seed(settings.seed)
+    trainers = main.make_trainers(settings, dataset)
+    steps, taken = until or settings.steps, [0] * settings.k
+    for one in trainers:
+        # A message's delay is in its receiver's turns, all else in everybody's.
+        one.mailbox.clock = lambda i=one.index: (taken[i] if schedule == 'late'
+                                                 else sum(taken) / settings.k)
+
+    def look(there):
+        copies = {}
+        for one in trainers:
+            copies |= one.copy(networks=one.index in there)
+        found = main.evaluate(copies, settings, dataset.validation_images,
+                              dataset.validation_labels)
+        return [one | copies[one['mach']].tally.totals() for one in found]
+
+    there, own = set(range(settings.k)), {}
+    if schedule == 'leaver':
+        there.discard(draw_ranks(schedule, settings.k, settings.seed)[0])
+    order = turns(schedule, settings.k, steps, settings.seed)
+    while not there <= set(own):
+        if disturb:
+            disturb(trainers, sum(taken))
+        i = next(order)
+        taken[i] += 1
+        if trainers[i].steps_taken < steps:
+            trainers[i].step()
+            if trainers[i].steps_taken == steps:
+                own[i] = look(there)[i] if schedule == 'unequal' else None
+        else:
+            trainers[i].serve(0)
+    finals = look(there)
+    own = [own.get(i) or finals[i] for i in range(settings.k)]
+    return Result(finals, own, trainers)
+
+
+def mean(accuracies, key='real'):
+    """Of one key over MACHs, those that left aside; nan if nothing is there."""
+    values = [a[key] for a in accuracies if not math.isnan(a[key])]
+    return sum(values) / len(values) if values else math.nan
