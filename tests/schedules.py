@@ -44,15 +44,15 @@ def turns(schedule, k, steps, seed=0):
     Raises:
         ValueError: there is no such schedule.
     """
-    match = re.fullmatch(r'(bursts|early) (\d+)', schedule)
-    name, count = match.groups() if match else (schedule, 1)
-    if name not in {known.split()[0] for known in SCHEDULES}:
+    name, _, count = schedule.partition(' ')
+    if not re.fullmatch('(bursts|early) [0-9]+', schedule) and (
+            schedule not in SCHEDULES):
         raise ValueError(f'no schedule {schedule!r}; there are {SCHEDULES}')
     draw, everybody = random.Random(f'turns {schedule} {seed}'), list(range(k))
     ranks = draw_ranks(schedule, k, seed)
     if name in ('random', 'bursts'):
         while True:
-            yield from [draw.choice(everybody)] * int(count)
+            yield from [draw.choice(everybody)] * int(count or 1)
     if name == 'unequal':
         due = [0.0] * k
         while True:

@@ -639,7 +639,7 @@ BAD_VALUES = dict(line.strip().split(maxsplit=1) for line in """
     precision bf fp8; learning_rate fast nan inf 1e999 -0.1 -1e-3 -.5;
     student-learning-rate -1e-3; weight_decay nan; warmup 1 -.5; dropout 1.0;
     label_smoothing 1.5; grad_weight -1; delay -1; deadline 0; mailbox 0;
-    share 0 1.1; stale_after 0; latency -1; jitter nan; loss_rate 1.1;
+    share 0 1.1; recent 0; latency -1; jitter nan; loss_rate 1.1;
     slow_mach -2; slow_factor 0.5; neighbours -1""".split(';'))
 REFUSED = [  # otherwise; and what the one line says
     ('--lerning_rate 1', 'unknown: --lerning_rate; the closest is --learning_'),

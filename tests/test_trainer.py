@@ -62,8 +62,7 @@ def _tripled(monkeypatch):
 class Descend:
     """Plain gradient descent."""
 
-    def __init__(self, network, peak, weight_decay, settings):
-        del weight_decay, settings
+    def __init__(self, network, peak, *_, **__):
         self._parameters, self._rate = list(network.parameters()), peak
 
     @torch.no_grad()
@@ -237,7 +236,7 @@ def held(trainer):
     sizes = {
         name: len(value)
         for name, value in vars(trainer).items()
-        if isinstance(value, dict) and name != 'links'
+        if isinstance(value, dict) and name not in ('links', '_recent')
     }
     assert {'_asked', '_lessons', '_served', '_relayed'} <= set(sizes)
     for (kind, *where), recent in trainer._recent.items():
@@ -691,8 +690,8 @@ def test_cycles_cannot_deadlock(folder, depth, monkeypatch):
     trainers = make_many(folder, COMPLETE, inputs='real', depth=depth, steps=5)
     answered = []
     for one in trainers:
-        one.learn = lambda own, y, learn=one.learn: (answered.append(
-            sorted(own.answers)), learn(own, y))
+        one.learn = lambda own, y, one=one, learn=one.learn: (
+            one.finished or answered.append(sorted(own.answers)), learn(own, y))
     run_threads(folder, trainers, monkeypatch)
     assert answered == 15 * [[0, 1]]
 
@@ -808,7 +807,7 @@ def test_a_flood_does_not_fill_the_memory(folder, inputs, kind, answered,
                                           dropped):
     """What goes is counted; Spikes that get no room are answered early."""
     x, d = random_x(1), random_d(2)
-    trainer, sinks = make_lone(folder, mailbox=4, inputs=inputs)
+    trainer, sinks = make_lone(folder, mailbox=4, recent=4, inputs=inputs)
 
     def tell(i):
         trainer.tell(*dict(Spike=('Spike', (9, i), 9, x, 0),
@@ -830,7 +829,8 @@ def test_a_flood_does_not_fill_the_memory(folder, inputs, kind, answered,
         trainer.learn(
             conftest.load(folder).trainer.Rows(x),
             trainer.batches.next()[1])
-        assert max(held(trainer).values()) <= 4
+        sizes = held(trainer)
+        assert max(sizes.values()) <= 4
     assert trainer.copy()[5].tally.dropped >= dropped + 40  # mailbox's own
 
 
@@ -877,16 +877,14 @@ def test_whatever_is_lost_leaves_nothing_behind(folder, inputs):
         assert tally.staleness_max >= 1, 'many came after all'
         one.links = {i: Sink() for i in one.links}
     serve(3, 1e6)
-    for one in trainers:
-        one.learn(rows(random_x(1)), one.batches.next()[1])
+    for _ in range(20):  # what has come is used, one by one
+        for one in trainers:
+            one.learn(rows(random_x(1)), one.batches.next()[1])
     serve(1, 1e6)
     for one in trainers:
         kept = held(one).pop('_relayed')
         assert kept <= (64 if inputs == 'real' else 0)
         assert sum(held(one).values()) == kept
-        one.settings.steps = one.steps_taken  # it has finished
-    serve(1, 0.0)
-    assert not any(any(held(one).values()) for one in trainers)
 
 
 @asynchronous
@@ -968,17 +966,18 @@ def test_own_messages_go_as_deep_as_the_experiment_says(folder, depth, inputs):
 @asynchronous
 @pytest.mark.parametrize('depth', [0, 1, 3])
 def test_grads_go_as_deep_as_they_say(folder, depth):
+    """Those of one neighbour that have different ways to go, side by side."""
     trainer, sinks = make_lone(folder, (0, 1), depth=1)
-    for i in (1, 2):
+    for i, left in ((1, depth), (2, depth + 1)):
         rows = 2 + 4 * i
         x, pull = random_x(i, rows), random_d(i, rows)
-        trainer.tell('Grad', (9, i), 9, x, pull, 0, depth)
+        trainer.tell('Grad', (9, i), 9, x, pull, 0, left)
     trainer.step()
     for child in (0, 1):
         own, *sent = sinks[child].take('Grad')
         assert len(own.x) == 4 and own.depth == 0
-        assert [(len(g.x), g.depth) for g in sent
-               ] == ([(6, depth - 1), (10, depth - 1)] if depth else [])
+        assert [(len(g.x), g.depth) for g in sent] == [(6, depth - 1),
+                                                       (10, depth)][depth == 0:]
         assert len({g.key for g in (own, *sent)}) == 1 + len(sent)
 
 
@@ -1024,40 +1023,105 @@ def test_staleness_is_counted_in_steps_of_the_receiver(folder):
     parent.step()  # nothing seen of the child: it is at 0
     child.step()  # at 0, applies it: 0 late; answers at 0
     assert late() == (0, 0)
-    child.step()
-    child.step()
+    child.step()  # at 1, applies it again: 1 late
+    child.step()  # and again: 2 late
+    assert late() == (3 / 3, 2)
     parent.step()  # has seen 0
     child.step()  # at 3: 3 late; answers at 3
-    assert late() == (3 / 2, 3)
+    assert late() == (6 / 4, 3)
     parent.step()  # has seen 3
     parent.step()  # the same: the child has not answered yet
-    child.serve(0.0)  # at 4: answers; Grads are kept for the next step
-    assert late() == (3 / 2, 3)
-    child.step()  # at 4: twice 1 late
-    assert late() == (5 / 4, 3)
+    child.serve(0.0)  # at 4: answers; Grads are kept for the next steps
+    assert late() == (6 / 4, 3)
+    child.step()  # at 4: the newest, 1 late
+    assert late() == (7 / 5, 3)
+    child.step()  # at 5: the other, 2 late
+    assert late() == (9 / 6, 3)
     parent.step()  # has seen 4
-    child.step()  # at 5: 1 late
-    assert late() == (6 / 5, 3)
+    child.step()  # at 6: 2 late
+    assert late() == (11 / 7, 3)
 
 
 @asynchronous
-@pytest.mark.parametrize('version, weight', [(6, 1), (4, 1), (3, 2 / 3),
-                                             (1, 2 / 5)])
-def test_a_grad_weighs_less_the_staler_it_is(folder, version, weight, still):
-    """In inverse proportion, from `stale_after` steps on."""
+@pytest.mark.parametrize('size', [1e-3, 1, 1000, 1e15])
+@pytest.mark.parametrize('version', [0, 2])
+def test_a_grad_says_which_way_and_not_how_far(folder, size, version, still):
+    """It weighs so many times the own gradient, large or small, late or not."""
     x, found = random_x(1, 3), []
     for told in (True, False):
-        trainer, _ = make_lone(folder, stale_after=2.0)
+        trainer, _ = make_lone(folder, grad_weight=0.7)
         d = trainer.mach(x, trainer.student(x)).detach()
         pull = visible(d, random_d(2, 3))
-        for step in range(7):
-            if told and step == 6:
-                trainer.tell('Grad', (9, 1), 9, x, pull, version, 0)
+        for step in range(3):
+            if told and step == 2:
+                trainer.tell('Grad', (9, 1), 9, x, size * pull, version, 0)
             trainer.step()
         found.append(grads(trainer.mach))
-        assert trainer.tally.staleness_max == (6 - version) * told
+        assert trainer.tally.staleness_max == (2 - version) * told
+    pull = weighed(trainer, *trainer.batches.taken[2], pull)
     _, expected, _ = alone(trainer.mach, x, trainer.student(x), pull=pull)
-    assert_close(found[0] - found[1], weight * expected)
+    assert_close(found[0] - found[1], expected)
+
+
+@asynchronous
+def test_a_flood_of_grads_weighs_no_more_than_one(folder, still):
+    """Of each neighbour; they are taken one a step."""
+    pulls = {}
+    for count in (1, 500):
+        trainer, _ = make_lone(folder, recent=500)
+        x, pull = random_x(1, 3), 1e3 * random_d(2, 3)
+        for i in range(count):
+            trainer.tell('Grad', (9, i), 9, x, pull, 0, 0)
+        trainer.step()
+        pulls[count] = grads(trainer.mach)
+    assert torch.equal(pulls[1], pulls[500])
+
+
+@asynchronous
+def test_each_step_takes_one_grad_the_newest_and_then_old_ones(folder):
+    """So floods are spread and droughts are bridged; Spikes are taken once."""
+    trainer, sinks = make_lone(folder, recent=3)
+    used = []
+    trainer.tally.grad = lambda staleness: used.append(
+        trainer.steps_taken - staleness)  # tells one from another
+
+    def step(*versions):
+        used.clear()
+        for version in versions:
+            x = random_x(version)
+            trainer.tell('Spike', (9, version), 9, x, 0)
+            trainer.tell('Grad', (9, version), 9, x, random_d(1), version, 0)
+        trainer.step()
+        return list(used), [a.key[1] for a in sinks[9].take('Answer')]
+
+    assert step() == ([], [])
+    assert step(1, 2) == ([2], [2])
+    assert step() == ([1], [1])
+    assert step() == ([2], []), 'again, that which was used longest ago'
+    assert step() == ([1], [])
+    assert step(3, 4, 5, 6) == ([6], [6])
+    assert trainer.tally.dropped == 2, 'a Spike and a Grad, the oldest'
+    assert step() == ([5], [5])
+    assert step(7) == ([7], [7])
+    assert step() == ([4], [4])
+    assert [step() for _ in range(4)] == [([v], []) for v in (5, 7, 4, 5)]
+
+
+@asynchronous
+def test_each_neighbour_has_its_turn_in_every_step(folder):
+    trainer, _ = make_lone(folder, (0, 1))
+    for sender, count in ((9, 5), (0, 1)):
+        for i in range(count):
+            trainer.tell('Grad', (sender, i), sender, random_x(i), random_d(i),
+                         0, 0)
+    before = trainer.tally.staleness
+    assert math.isnan(before)
+    calls = []
+    trainer.tally.grad = calls.append
+    trainer.step()
+    assert len(calls) == 2
+    trainer.step()
+    assert len(calls) == 4
 
 
 @asynchronous
@@ -1078,35 +1142,44 @@ def test_grads_that_push_scale_and_offset_do_so_in_vain(folder, inputs, still):
 
 
 @asynchronous
-def test_each_answer_is_one_lesson(folder, still):
-    """Of its slice alone, however late, and of its rows' share of the loss."""
+def test_lessons(folder, still):
+    """One of each child in a step: its slice alone, of its rows' share."""
     trainer, sinks = make_lone(folder, (0, 1))
     trainer.step()
     trainer.step()
     first, second = sinks[0].take('Spike')
+    told = {}
 
-    def learn(*answers):
-        """Lessons of (Spike, child, seed); the same one comes twice."""
+    def tell(spike, child, version):
+        told[spike.key, child] = random_d(version)
+        for d in (told[spike.key, child], random_d(99)):  # only once
+            trainer.tell('Answer', spike.key, child, d, version)
+
+    def learn(*lessons):
         trainer.student.zero_grad()
-        rows, expected = {spike.key for spike, *_ in answers}, 0.0
-        for spike, child, seed in answers:
-            told = random_d(seed)
-            for d in (told, random_d(99)):
-                trainer.tell('Answer', spike.key, child, d, seed)
-            distance = trainer.student(spike.x)[:, child] - told
+        rows, expected = {spike.key for spike, _ in lessons}, 0.0
+        for spike, child in lessons:
+            distance = (trainer.student(spike.x)[:, child] -
+                        told[spike.key, child])
             expected += distance.square().sum() / 4 / len(rows)
         trainer.step()
         assert_close(grads(trainer.student),
                      gradient(expected, [trainer.student]))
 
-    learn((first, 1, 7))
+    tell(first, 1, 7)
+    learn((first, 1))
     assert trainer._seen == [0, 7]
-    learn((first, 0, 5), (second, 0, 6), (second, 1, 8))
+    tell(first, 0, 5)
+    tell(second, 0, 6)
+    tell(second, 1, 8)
+    learn((second, 0), (second, 1))
     assert trainer._seen == [6, 8]
+    learn((first, 0), (first, 1))  # the last one again
     third = sinks[0].take('Spike')[-1]
     trainer.mailbox.clock = lambda: 1.9e10  # 9.5 times the deadline, an edge
     trainer.serve(0.0)
-    learn((third, 0, 3))
+    tell(third, 0, 3)
+    learn((third, 0), (second, 1))
     assert trainer._seen == [6, 8], 'no step back'
 
 
@@ -1182,11 +1255,59 @@ def test_a_loss_that_is_not_finite_ends_it(folder, where, name, monkeypatch):
 
 @asynchronous
 @both_inputs
-def test_a_finished_mach_accounts_for_every_grad(folder, inputs, monkeypatch):
-    """Each is applied or counted as dropped; Spikes are answered on."""
-    applied, sent = collections.Counter(), []
-    monkeypatch.setattr(metrics.Tally, 'grad',
-                        lambda tally, _: applied.update([tally.mach]))
+def test_a_finished_mach_drops_grads_and_answers_on(folder, inputs):
+    trainer, sinks = make_lone(folder, (0, 1), steps=3, inputs=inputs)
+    x = random_x(1)
+    for i in range(3):
+        trainer.tell('Grad', (9, i), 9, x, random_d(i), 0, 0)
+    trainer.learn(
+        conftest.load(folder).trainer.Rows(x),
+        trainer.batches.next()[1])
+    assert trainer.tally.dropped == 0
+    for _ in range(2):
+        trainer.learn(
+            conftest.load(folder).trainer.Rows(x),
+            trainer.batches.next()[1])
+    assert trainer.finished and trainer.tally.steps == 3
+    for i in (3, 4):
+        trainer.tell('Grad', (9, i), 9, x, random_d(i), 0, 0)
+    before = snapshot(trainer.mach)
+    trainer.tell('Spike', (9, 5), 9, x, 0)
+    trainer.serve(0.0)
+    assert trainer.tally.dropped == 2
+    assert [a.version for a in sinks[9].take('Answer')] == [3]
+    assert torch.equal(snapshot(trainer.mach), before)
+
+
+@asynchronous
+def test_a_finished_mach_teaches_a_child_that_learns(folder):
+    """One Grad for each answer, to it alone; nothing else of it changes."""
+    trainer, sinks = make_lone(folder, (0, 1), steps=2)
+    trainer.step()
+    trainer.step()
+    spikes = {child: sinks[child].take('Spike')[-1] for child in (0, 1)}
+    for child in (0, 1):
+        sinks[child].take('Grad')
+    before, taught = snapshot(trainer.mach), snapshot(trainer.student)
+    for child, version in ((0, 1), (1, 2)):  # of two steps
+        trainer.tell('Answer', spikes[child].key, child, random_d(1), version)
+    for _ in range(3):
+        trainer.serve(0.0)
+    assert [len(sinks[c].take('Grad')) for c in (0, 1)] == [1, 0]
+    assert torch.equal(snapshot(trainer.mach), before)
+    assert not torch.equal(snapshot(trainer.student), taught), 'it goes on'
+    assert (trainer.steps_taken, trainer.tally.steps) == (2, 2)
+    spike, = sinks[0].take('Spike')
+    trainer.tell('Answer', spike.key, 0, random_d(1), 2)
+    trainer.serve(0.0)
+    assert not sinks[0].take('Grad') and not sinks[0].take('Spike'), 'all over'
+
+
+@asynchronous
+@both_inputs
+def test_whoever_is_ahead_all_reach_the_end(folder, inputs):
+    """Every Spike is answered; no Grad goes to who has no use for it."""
+    sent = []
     names = dict(inputs=inputs, steps=6, mailbox=9999)
     trainers = make_many(folder, COMPLETE, sent=sent, **names)
     for steps in (1, 3, 6):  # of the first, which is ahead
@@ -1198,15 +1319,17 @@ def test_a_finished_mach_accounts_for_every_grad(folder, inputs, monkeypatch):
         while one.steps_taken < 6:
             take_step(one, trainers)
             trainers[0].serve(0.0)
-    for _ in range(3):
+    for _ in range(9):
         for one in trainers:
             one.serve(0.0)
     total = collections.Counter(type(message).__name__ for message, _ in sent)
-    dropped = [one.copy()[one.index].tally.dropped for one in trainers]
-    assert total['Grad'] == sum(applied.values()) + sum(dropped)
-    assert dropped[0] > 0 and min(applied.values()) > 0
-    assert total['Spike'] == total['Answer']
-    assert not any(any(held(one).values()) for one in trainers)
+    assert total['Spike'] == total['Answer'], 'and nobody asks any more'
+    assert all(one.tally.steps == 6 for one in trainers)
+    assert not any(
+        type(m).__name__ == 'Grad' and m.version >= 6 for m, _ in sent)
+    for one in trainers:
+        sizes = held(one)
+        assert not any(n for name, n in sizes.items() if 'Answer' not in name)
 
 
 @all_folders
