@@ -34,13 +34,21 @@ MISSED = []
 
 
 def flood(trainers, turn, k, steps):
-    """At half of the run one MACH gets its next Grad FLOOD times over."""
-    if turn != k * steps // 2:
-        return
+    """At half of the run MACH 0 gets its last FLOOD Grads again, at one time."""
     mailbox = trainers[0].mailbox
-    grads = [m for *_, m in mailbox._messages if hasattr(m, 'gradient')]
-    for i in range(FLOOD):
-        mailbox.put(grads[i % len(grads)])
+    if not turn:
+        mailbox.grads, put = [], mailbox.put
+
+        def note(message, delay=0.0):
+            if hasattr(message, 'gradient'):
+                mailbox.grads.append(message)
+            put(message, delay)
+
+        mailbox.put = note
+    if turn == k * (steps // 2):
+        grads = mailbox.grads[-FLOOD:]
+        for i in range(FLOOD):
+            mailbox.put(grads[i % len(grads)])
 
 
 def loud(trainers, turn):
