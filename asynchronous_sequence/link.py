@@ -5,6 +5,7 @@ link ends in a mailbox of the same process, at once or as late and as lossy as a
 network would be; one over processes or hosts needs the same one method.
 """
 
+import collections
 import dataclasses
 import heapq
 import itertools
@@ -93,6 +94,43 @@ class Mailbox:
             while self._messages and self._messages[0][0] <= now:
                 due.append(heapq.heappop(self._messages)[-1])
         return due
+
+
+class Recent:
+    """What has come of one kind from one neighbour, as a MACH's steps use it.
+
+    A flood is spread over the steps after it and a drought bridged: a step finds
+    as much to learn from, whoever is scheduled when.
+
+    Args:
+        limit: of what is new; so much is kept of what has been used, too.
+    """
+
+    def __init__(self, limit):
+        self.new = collections.deque()
+        self._used = collections.deque(maxlen=limit)
+
+    def add(self, one):
+        """Returns how many had to go that were never used."""
+        self.new.append(one)
+        if len(self.new) <= self._used.maxlen:
+            return 0
+        self.new.popleft()
+        return 1
+
+    def take(self, everything, again):
+        """A list of the newest not yet used; of all of them if `everything`.
+
+        If there are none, `again` gives the one whose last use is longest ago.
+        """
+        taken = []
+        while self.new and (everything or not taken):
+            taken.append(self.new.pop())
+        if again:
+            if not taken and self._used:
+                taken.append(self._used.popleft())
+            self._used.extend(taken)
+        return taken
 
 
 class Link:

@@ -50,38 +50,6 @@ class Rows:
     answers: dict = dataclasses.field(default_factory=dict)  # by child position
 
 
-class Recent:
-    """What has come of one kind from one neighbour, the last `limit` of it.
-
-    A flood is spread over the steps after it, a drought bridged: a step finds as
-    much to learn from, whoever is scheduled when.
-    """
-
-    def __init__(self, limit):
-        self.new = collections.deque()
-        self._used = collections.deque(maxlen=limit)
-
-    def add(self, one):
-        """Returns how many had to go that were never used."""
-        self.new.append(one)
-        full = len(self.new) > self._used.maxlen
-        if full:
-            self.new.popleft()
-        return int(full)
-
-    def take(self, again):
-        """The newest not yet used; or, `again`, the one used longest ago.
-
-        None if there is none.
-        """
-        if not self.new and not (again and self._used):
-            return None
-        one = self.new.pop() if self.new else self._used.popleft()
-        if again:
-            self._used.append(one)
-        return one
-
-
 class Trainer:
     """One MACH with its mailbox, its links, its optimisers and its own data.
 
@@ -107,7 +75,8 @@ class Trainer:
         self._seen = [0] * len(children)  # their step counts when last heard of
         self._wanted = False  # as a teacher: a child that learns has answered
         # What has come, by kind, neighbour and depth.
-        self._recent = collections.defaultdict(lambda: Recent(settings.recent))
+        self._recent = collections.defaultdict(
+            lambda: link.Recent(settings.recent))
         # Rows by key, in order of arrival. At the mailbox's limit the oldest go:
         # memory is bounded whatever is lost or never comes.
         self._asked = {}  # about which children have not all answered
@@ -279,21 +248,18 @@ class Trainer:
     def _take(self, *kinds):
         """Gets one of each kind, neighbour and depth ready for the next forward.
 
-        All that there are if `locked`, or if Spikes are all that is wanted: then
-        it is to be exact, and nobody learns.
+        All that there are if `locked`, as it is to be exact; and all Spikes if
+        nothing else is wanted, as nobody learns.
         """
         everything = self.locked or kinds == (link.Spike,)
         for kind, recent in list(self._recent.items()):
-            again = not everything and kind[0] is not link.Spike
-            while kind[0] in kinds:
-                one = recent.take(again)
-                if one is not None:
+            if kind[0] in kinds:
+                again = not everything and kind[0] is not link.Spike
+                for one in recent.take(everything, again):
                     self._ready(one)
-                if one is None or not everything:
-                    break
 
     def _ready(self, message):
-        """Rows of it to be served or learnt; sends on a Spike with depth left."""
+        """Its rows are to be served or learnt; or a Spike is sent on."""
         if isinstance(message, tuple):
             rows, position = message
             lesson = self._lessons.setdefault(rows.key, Rows(rows.x))
@@ -308,14 +274,13 @@ class Trainer:
             rows.spike = message
 
     def _keep(self, kept, key, rows):
-        """Adds Rows unless there are some of this key; returns what is there."""
-        rows = kept.setdefault(key, rows)
+        """Adds Rows; if there are too many by then, the oldest go."""
+        kept[key] = rows
         if len(kept) > self.settings.mailbox:
             oldest = kept.pop(next(iter(kept)))
             self.tally.dropped += 1
             if kept is self._asked:
                 self._close(oldest)
-        return rows
 
     def _answer(self, blocks, embedding):
         """Answers the Spikes of Rows with their part of embedding [R, E]."""
@@ -412,12 +377,9 @@ class Trainer:
                 part += rows.grad.gradient
         if self.locked or not served:
             return gradient
-        sizes = split(gradient.norm(dim=1), served)
-        weights = self.settings.grad_weight * own.norm(
-            dim=1).sum() / torch.stack([size.sum() for size in sizes
-                                       ]).clamp_min(1e-30)
-        for part, weight in zip(split(gradient, served), weights):
-            part *= weight
+        measure = self.settings.grad_weight * own.norm(dim=1).sum()
+        for part in split(gradient, served):
+            part *= measure / part.norm(dim=1).sum().clamp_min(1e-20)
         unseen = functional.layer_norm(d, d.shape[-1:])
         gradient -= gradient.mean(1, keepdim=True)
         gradient -= unseen * (unseen * gradient).mean(1, keepdim=True)

@@ -45,8 +45,8 @@ def turns(schedule, k, steps, seed=0):
         ValueError: there is no such schedule.
     """
     name, _, count = schedule.partition(' ')
-    if not re.fullmatch('(bursts|early) [0-9]+', schedule) and (
-            schedule not in SCHEDULES):
+    if not re.fullmatch('(bursts|early) [0-9]+',
+                        schedule) and (schedule not in SCHEDULES):
         raise ValueError(f'no schedule {schedule!r}; there are {SCHEDULES}')
     draw, everybody = random.Random(f'turns {schedule} {seed}'), list(range(k))
     ranks = draw_ranks(schedule, k, seed)
