@@ -98,40 +98,41 @@ class Mailbox:
 
 
 class Recent:
-    """What has come of one kind from one neighbour, as a MACH's steps use it.
+    """The last messages of one kind from one neighbour, as a MACH's steps use them.
 
     A flood is spread over the steps after it and a drought bridged: a step finds
     as much to learn from, whoever is scheduled when.
 
     Args:
-        limit: of what is new; so much is kept of what has been used, too.
+        limit: messages kept.
     """
 
     def __init__(self, limit):
-        self.new = collections.deque()
-        self._used = collections.deque(maxlen=limit)
+        self._kept = collections.deque(maxlen=limit)  # [message, its last use]
+        self._uses = itertools.count(1)
 
-    def add(self, one):
+    def add(self, message):
         """Returns how many had to go that were never used."""
-        self.new.append(one)
-        if len(self.new) <= self._used.maxlen:
-            return 0
-        self.new.popleft()
-        return 1
+        full = len(self._kept) == self._kept.maxlen
+        lost = int(full and not self._kept[0][1])
+        self._kept.append([message, 0])
+        return lost
+
+    def new(self):
+        """Those not yet used, the newest first, each with its last use: 0."""
+        return [entry for entry in reversed(self._kept) if not entry[1]]
 
     def take(self, everything, again):
         """A list of the newest not yet used; of all of them if `everything`.
 
         If there are none, `again` gives the one whose last use is longest ago.
         """
-        taken = []
-        while self.new and (everything or not taken):
-            taken.append(self.new.pop())
-        if again:
-            if not taken and self._used:
-                taken.append(self._used.popleft())
-            self._used.extend(taken)
-        return taken
+        taken = self.new()[:None if everything else 1]
+        if again and not taken and self._kept:
+            taken = [min(self._kept, key=lambda entry: entry[1])]
+        for entry in taken:
+            entry[1] = next(self._uses)
+        return [message for message, _ in taken]
 
 
 class Link:

@@ -162,7 +162,7 @@ class Trainer:
         self._read_mail(timeout)
         if self.finished:
             for kind in [k for k in self._recent if k[0] is link.Grad]:
-                self.tally.dropped += len(self._recent.pop(kind).new)
+                self.tally.dropped += len(self._recent.pop(kind).new())
             self._relayed.clear()
             if self._wanted:
                 self._wanted = False

@@ -30,6 +30,7 @@ MARGINS = dict.fromkeys(schedules.SCHEDULES, 0.3)
 MARGINS |= dict(ordered=None, leaver=None, unequal=0.5)
 FLOOD = 500  # Grads that one MACH finds in its mailbox at one time
 LOUD = 1000.0  # times too large, the Grads of one MACH
+DISTURBED = 'flood', 'loud'  # `ordered`, up to 50 steps after half
 MISSED = []
 
 
@@ -75,7 +76,7 @@ def one_run(job):
     names = dict(seed=seed, steps=steps)
     if schedule == ISOLATED:
         names |= dict(connected=False)
-    if schedule in ('flood', 'loud', 'undisturbed'):
+    if schedule in ('undisturbed', *DISTURBED):
         k = main.Hyperparameters.k
         disturb = dict(loud=loud,
                        flood=lambda *now: flood(*now, k, steps)).get(schedule)
@@ -150,7 +151,7 @@ def table(experiment, found, seeds, names):
                         for rank in sorted(ranks)) + '\n')
     for name in names:
         bound = MARGINS.get(name)
-        if name in ('flood', 'loud'):
+        if name in DISTURBED:
             check(f'{name}: points below undisturbed, 50 steps after half',
                   means['undisturbed'][0] - means[name][0], 1.0, False)
         elif name == 'unequal':
@@ -181,14 +182,16 @@ def main():
                         choices=conftest.ASYNCHRONOUS)
     parser.add_argument('--schedules',
                         nargs='+',
-                        default=schedules.SCHEDULES,
-                        choices=schedules.SCHEDULES)
+                        default=schedules.SCHEDULES + DISTURBED,
+                        choices=schedules.SCHEDULES + DISTURBED)
     parser.add_argument('--data',
                         default=conftest.DATA or conftest.ROOT / 'data',
                         help='folder of the MNIST files')
     words = parser.parse_args()
-    names = list(dict.fromkeys(['ordered', *words.schedules]))
-    names += [ISOLATED, 'undisturbed', 'flood', 'loud']
+    names = ['ordered', ISOLATED, *words.schedules]
+    if set(DISTURBED) & set(names):
+        names.append('undisturbed')
+    names = list(dict.fromkeys(names))
     jobs = [(experiment, name, seed, words.steps, str(words.data))
             for name in names
             for seed in words.seeds

@@ -240,7 +240,7 @@ def held(trainer):
     }
     assert {'_asked', '_lessons', '_served', '_relayed'} <= set(sizes)
     for (kind, *where), recent in trainer._recent.items():
-        sizes[kind.__name__, *where] = len(recent.new)
+        sizes[kind.__name__, *where] = len(recent.new())
     return sizes | {'mailbox': len(trainer.mailbox._messages)}
 
 
@@ -1103,8 +1103,8 @@ def test_each_step_takes_one_grad_the_newest_and_then_old_ones(folder):
     assert trainer.tally.dropped == 2, 'a Spike and a Grad, the oldest'
     assert step() == ([5], [5])
     assert step(7) == ([7], [7])
-    assert step() == ([4], [4])
-    assert [step() for _ in range(4)] == [([v], []) for v in (5, 7, 4, 5)]
+    assert trainer.tally.dropped == 4, 'the next ones, too old by now'
+    assert [step() for _ in range(4)] == [([v], []) for v in (6, 5, 7, 6)]
 
 
 @asynchronous
