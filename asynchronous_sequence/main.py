@@ -80,8 +80,8 @@ class Hyperparameters:
     deadline: float = hparam(1.0, 'seconds, for answers waited for', 0.001, 1e6)
     mailbox: int = hparam(1024, 'messages; full, the oldest goes', 1, 10**6)
     share: float = hparam(0.25, 'of own rows sent: largest Grads', 0.001, 1)
-    grad_weight: float = hparam(0.25, 'of each Grad beside own ones', 0, 1e6)
-    recent: int = hparam(32, 'messages kept, each kind and neighbour', 1, 10**6)
+    grad_weight: float = hparam(0.25, 'of a Grad, in own gradients', 0, 1e6)
+    recent: int = hparam(32, 'messages of a kind kept of each other', 1, 10**6)
     # Conditions: what links and MACHs are made to suffer.
     latency: float = hparam(0.0, 'seconds on an edge, each way', 0, 1e6)
     jitter: float = hparam(0.0, 'seconds more at most, at random', 0, 1e6)
@@ -241,7 +241,7 @@ TURNS = Turns(CORES + 1)  # one more, for while another waits for Python's lock
 
 
 def work(mach, settings, events, halt):
-    """A MACH's thread: it steps, then serves the others until `halt` is set.
+    """A MACH's thread: it steps, then serves and teaches until `halt` is set.
 
     Events to the main thread are (kind, content): 'step' with lists of fields;
     'copy' and, at the end, 'ended' with what `copy()` gives, made here as no

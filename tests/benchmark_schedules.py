@@ -35,7 +35,10 @@ MISSED = []
 
 
 def flood(trainers, turn, k, steps):
-    """At half of the run MACH 0 gets its last FLOOD Grads again, at one time."""
+    """At half of the run MACH 0 gets its last FLOOD Grads again, at one time.
+
+    The oldest come last, so that they are what it takes first.
+    """
     mailbox = trainers[0].mailbox
     if not turn:
         mailbox.grads, put = [], mailbox.put
@@ -49,7 +52,7 @@ def flood(trainers, turn, k, steps):
     if turn == k * (steps // 2):
         grads = mailbox.grads[-FLOOD:]
         for i in range(FLOOD):
-            mailbox.put(grads[i % len(grads)])
+            mailbox.put(grads[-1 - i % len(grads)])
 
 
 def loud(trainers, turn):
