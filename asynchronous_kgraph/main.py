@@ -7,8 +7,8 @@ are all others, so Spikes and Grads go round in cycles, cut off by `depth`.
 
     python asynchronous_kgraph/main.py
 
-Expect, mean of 5 MACHs, real 98.60 ± 0.06, synthetic 98.13 ± 0.04 (mean and
-deviation over 3 seeds; isolated 97.42) in 100 s of training on two cores, fp32.
+Expect, mean of 5 MACHs, real 98.59 ± 0.03, synthetic 98.09 ± 0.02 (mean and
+deviation over 3 seeds; isolated 97.42) in 113 s of training on two cores, fp32.
 """
 
 import os

@@ -8,8 +8,8 @@ links, and a delay that is whatever it is.
 
     python asynchronous_sequence/main.py
 
-Expect, mean of 3 MACHs, real 98.57 ± 0.06, synthetic 98.17 ± 0.10 (mean and
-deviation over 3 seeds; isolated 97.94) in 46 s of training on two cores, fp32.
+Expect, mean of 3 MACHs, real 98.48 ± 0.02, synthetic 98.13 ± 0.05 (mean and
+deviation over 3 seeds; isolated 97.94) in 37 s of training on two cores, fp32.
 """
 
 import os
