@@ -1296,6 +1296,8 @@ def test_a_finished_mach_teaches_a_child_that_learns(folder):
     assert [len(sinks[c].take('Grad')) for c in (0, 1)] == [1, 0]
     assert torch.equal(snapshot(trainer.mach), before)
     assert not torch.equal(snapshot(trainer.student), taught), 'it goes on'
+    rate = trainer._student_optimiser._adamw.param_groups[0]['lr']
+    assert rate == pytest.approx(0.05 / 50)
     assert (trainer.steps_taken, trainer.tally.steps) == (2, 2)
     spike, = sinks[0].take('Spike')
     trainer.tell('Answer', spike.key, 0, random_d(1), 2)
