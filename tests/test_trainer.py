@@ -1296,6 +1296,8 @@ def test_a_finished_mach_teaches_a_child_that_learns(folder):
     assert [len(sinks[c].take('Grad')) for c in (0, 1)] == [1, 0]
     assert torch.equal(snapshot(trainer.mach), before)
     assert not torch.equal(snapshot(trainer.student), taught), 'it goes on'
+    for _ in range(5):  # to the end of its cycle, and beyond
+        trainer._student_optimiser.step()
     rate = trainer._student_optimiser._adamw.param_groups[0]['lr']
     assert rate == pytest.approx(0.05 / 50)
     assert (trainer.steps_taken, trainer.tally.steps) == (2, 2)
