@@ -6,7 +6,7 @@ accuracy, mean of three seeds that no hyperparameter was chosen on. Ends with th
 ratios beside their floors; exit status 1 says that a floor was missed.
 
     python tests/benchmark_schedules.py                # 400 steps, 15 minutes
-    python tests/benchmark_schedules.py --steps 2500   # 1.5 hours
+    python tests/benchmark_schedules.py --steps 2500   # some hours
 """
 
 import argparse
