@@ -150,7 +150,7 @@ class Link:
         self._mailbox, self._random = mailbox, random.Random(seed)
         self._latency, self._jitter = latency, jitter
         self._loss_rate = loss_rate
-        self.lost = 0  # messages, counted by the sender's thread
+        self.lost = self.dropped = 0  # messages, counted by who sends
 
     def send(self, message):
         """Takes the message away and returns at once, whatever becomes of it.

@@ -178,7 +178,9 @@ class Trainer:
         """MACH -> Copy of it as it is now; of its counts alone if asked to."""
         tally = copy.copy(self.tally)
         tally.dropped += self.mailbox.dropped
-        tally.lost = sum(out.lost for out in self.links.values())
+        for out in self.links.values():
+            tally.dropped += out.dropped
+            tally.lost += out.lost
         of = (self.mach, self.student) if networks else ()
         return {self.index: Copy(tally, *copy.deepcopy(of))}
 

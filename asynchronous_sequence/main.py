@@ -15,6 +15,10 @@ deviation over 3 seeds; isolated 97.94) in 37 s of training on two cores, fp32.
 import os
 import signal
 
+import launch
+
+if __name__ == '__main__':
+    launch.supervise()
 # Ctrl-C during the imports, which take seconds: an exception could be swallowed.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -38,6 +42,7 @@ sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
 from mach import data, metrics
 import link
 import model
+import processes
 import student
 import trainer
 
@@ -82,6 +87,11 @@ class Hyperparameters:
     share: float = hparam(0.25, 'of own rows sent: largest Grads', 0.001, 1)
     grad_weight: float = hparam(0.25, 'of a Grad, in own gradients', 0, 1e6)
     recent: int = hparam(32, 'messages of a kind kept of each other', 1, 10**6)
+    # Processes: as many as torchrun starts.
+    hosts: str = hparam('', 'a,b: of equally many processes; empty: this one')
+    patience: float = hparam(30.0, 'seconds, for others to begin', 0, 1e6)
+    wire_precision: str = hparam('bf16', 'of embeddings, Grads', 'fp32', 'bf16')
+    log_folder: str = hparam('', "folder for each process's log; empty: none")
     # Conditions: what links and MACHs are made to suffer.
     latency: float = hparam(0.0, 'seconds on an edge, each way', 0, 1e6)
     jitter: float = hparam(0.0, 'seconds more at most, at random', 0, 1e6)
@@ -283,59 +293,59 @@ def work(mach, settings, events, halt):
         events.put(('failed', (mach.copy(networks=False), reason)))
 
 
-# Copied from synchronous_single/main.py
-def train(trainers, settings, dataset, interrupted):
-    """Runs the threads and prints what they tell, until all have ended.
+def train(trainers, settings, dataset, node):
+    """Runs the threads and prints what all MACHs tell, until all have ended.
 
     Nobody rests for an evaluation: whenever the slowest MACH has handed over a
-    copy, the main thread evaluates all the last ones, while they train on.
+    copy, the main thread evaluates all the last ones, while they train on. A
+    MACH whose process is gone is not waited for, until it is back.
 
     Args:
         trainers: one for each thread.
-        interrupted: an event; once it is set, each thread ends after its step.
+        node: this process; once it has a signal, each thread ends after its
+            step.
     Returns:
-        A Copy of each MACH, without networks if it failed or, interrupted, is
-        too late to give some; and the set of those that failed.
+        A Copy of each MACH, without networks if it failed, is gone or,
+        interrupted, is too late to give some; and the set of the former two.
     """
-    # Bounded, as memory is: evaluations that fall far behind hold training up.
-    events, halt = queue.Queue(4 * len(trainers)), threading.Event()
+    halt = threading.Event()
     threads = [
         threading.Thread(target=work,
-                         args=(one, settings, events, halt),
+                         args=(one, settings, node, halt),
                          daemon=True) for one in trainers
     ]
-    copies = {}  # MACH -> its last Copy
-    for one in trainers:
-        copies |= one.copy(networks=False)
+    copies = {i: trainer.Copy(metrics.Tally(i)) for i in range(settings.k)}
+    node.begin()
     for thread in threads:
         thread.start()
-    failed, ended, slowest, deadline = set(), 0, 0, math.inf
-    bar = tqdm.tqdm(total=settings.steps * len(trainers), disable=None)
-    while ended < len(trainers) and time.monotonic() < deadline:
+    failed, ended, there, slowest, deadline = set(), set(), None, 0, math.inf
+    bar = tqdm.tqdm(total=settings.steps * len(trainers),
+                    disable=node.rank > 0 or None)
+    while there != ended and time.monotonic() < deadline:
         bar.update(sum(one.steps_taken for one in trainers) - bar.n)
-        if interrupted.is_set() or slowest == settings.steps:
+        if node.signal or slowest == settings.steps:
             halt.set()
-            patience = 2 if interrupted.is_set() else 60  # seconds
+            patience = 2 if node.signal else 60  # seconds
             deadline = min(deadline, time.monotonic() + patience)
         try:
-            kind, content = events.get(timeout=0.1)
+            kind, content = node.events.get(timeout=0.1)
         except queue.Empty:
-            continue
+            kind, content = '', {}
         if kind == 'step':
             for fields in content:
                 metrics.say('step', **fields)
             continue
-        ended += kind != 'copy'
         if kind == 'failed':
             content, reason = content
             failed |= set(content)
-            print(f'{EXPERIMENT}: {reason.rstrip()}', file=sys.stderr)
+            if reason:  # else another process says it
+                print(f'{EXPERIMENT}: {reason.rstrip()}', file=sys.stderr)
         copies |= content
-        before, slowest = slowest, min(
-            [copies[i].tally.steps for i in copies if i not in failed] or
-            [slowest])
-        if (kind != 'ended' and slowest > before and settings.evaluate_every and
-                not interrupted.is_set()):
+        ended |= set(content) if kind == 'ended' else set()
+        there = {i for i in copies if i in ended or node.hears(i)} - failed
+        before, slowest = slowest, max(
+            min([copies[i].tally.steps for i in there] or [0]), slowest)
+        if slowest > before and settings.evaluate_every and not node.signal:
             mean = metrics.mean(
                 evaluate(copies, settings, dataset.validation_images,
                          dataset.validation_labels))
@@ -345,7 +355,10 @@ def train(trainers, settings, dataset, interrupted):
     for thread in threads:
         thread.join(0.1)
     bar.close()
-    return copies, failed
+    gone = set(copies) - failed - there
+    return copies | {
+        i: node.heard.get(i, copies[i]._replace(mach=None)) for i in gone
+    }, failed | gone
 
 
 # ----------------------------------------------------------------- evaluation
@@ -393,31 +406,37 @@ def evaluate(copies, settings, images, labels):
 # -------------------------------------------------------------------- summary
 
 
-# Copied from synchronous_single/main.py
 def main(words):
     """Runs the experiment and prints its log; returns the exit status."""
     settings = read_hyperparameters(words)
     try:
         dataset = data.load(settings.data, settings.validation,
                             settings.strict_data)
-        trainers = make_trainers(settings, dataset)
-    except data.DataError as error:
+        node = processes.Node(settings, dataset.name)
+        trainers = node.adopt(make_trainers(settings, dataset))
+    except (data.DataError, ValueError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         return 2
     settings.precision = metrics.choose_precision(settings.precision,
                                                   settings.device)
-    metrics.say_run(EXPERIMENT, dataset, settings)
+    metrics.OUTPUTS[:] = node.outputs()
+    if not node.restarted:
+        metrics.say_run(EXPERIMENT, dataset, settings)
     if settings.dry_run:
         return 0
-    interrupted = threading.Event()  # from here on Ctrl-C has results to save
-    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    copies, failed = train(trainers, settings, dataset, interrupted)
+    node.open()
+    for number in signal.SIGINT, signal.SIGTERM:  # there are results to save
+        signal.signal(number, node.interrupt)
+    copies, failed = train(trainers, settings, dataset, node)
+    status = 128 + node.signal if node.signal else int(bool(failed))
     torch.set_num_threads(CORES)
-    metrics.say_finals(EXPERIMENT, dataset, settings, [
-        found | copies[found['mach']].tally.totals() for found in evaluate(
-            copies, settings, dataset.test_images, dataset.test_labels)
-    ])
-    return 130 if interrupted.is_set() else int(bool(failed))
+    if metrics.OUTPUTS:
+        metrics.say_finals(EXPERIMENT, dataset, settings, [
+            found | copies[found['mach']].tally.totals() for found in evaluate(
+                copies, settings, dataset.test_images, dataset.test_labels)
+        ])
+    node.leave()
+    return status
 
 
 if __name__ == '__main__':

@@ -22,7 +22,8 @@ from torch.nn import functional
 from torchvision import datasets
 
 CLASSES = 10
-SIDE = 28  # pixels; an image is SIDE * SIDE = 784 of them, row by row
+SIDE = 28  # pixels; an image is SIDE * SIDE of them, row by row
+PIXELS = SIDE * SIDE  # 784
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, in 0..1
 # Bytes and MD5 sum of each file once unpacked. torchvision checks what it
 # downloads, but not what it has unpacked: a disk fault would go unseen.
@@ -228,6 +229,12 @@ def normalise(images):
     return torch.add(torch.tensor(-MEAN / DEVIATION),
                      images,
                      alpha=1 / (255 * DEVIATION))
+
+
+def denormalise(x):
+    """The uint8 [B, 784] of which normalise makes x [B, 784]; else the nearest."""
+    return x.mul(255 * DEVIATION).add_(255 * MEAN).round_().clamp_(0, 255).to(
+        torch.uint8)
 
 
 def deal(dataset, k, shards, batch_size, seed, device='cpu'):

@@ -29,7 +29,9 @@ DECIMALS |= dict(synthetic_loss=4, rate=1, seconds=1, steps=0, step=0)
 # Hyperparameters that leave the result alone: runs that differ in nothing else
 # are repetitions of one experiment.
 BOOKKEEPING = ('seed', 'data', 'strict_data', 'log_every', 'evaluate_every',
-               'dry_run')
+               'dry_run', 'log_folder', 'patience', 'hosts')
+# Where `say` writes: files, None for stdout.
+OUTPUTS = [None]
 # A MACH with a nan in one of these has failed: it must not flatter the mean.
 RESULTS = ('synthetic', 'real', 'steps', 'rate')
 # How the mean line comes from those of the MACHs, in the order of its keys.
@@ -289,15 +291,17 @@ def mean(finals):
 
 
 def say(kind, /, **fields):
-    """Prints a line of the log above a progress bar, at once.
+    """Prints a line of the log above a progress bar, at once, to all `OUTPUTS`.
 
     Raises:
         OSError: stdout is closed or full, so that the log would be lost.
     """
-    if sys.stdout is None:  # as after `>&-`
-        raise OSError('stdout is closed')
-    tqdm.tqdm.write(format_line(kind, **fields))
-    sys.stdout.flush()
+    for output in OUTPUTS:
+        output = output or sys.stdout
+        if output is None:  # as after `>&-`
+            raise OSError('stdout is closed')
+        tqdm.tqdm.write(format_line(kind, **fields), file=output)
+        output.flush()
 
 
 def say_run(experiment, dataset, settings):

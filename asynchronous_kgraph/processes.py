@@ -1,0 +1,454 @@
+"""MACHs in several processes, on one host or on many.
+
+A Node is this process, a Peer each other one. All know all addresses from the
+start: no directory and no leader can die. Each connects to each other, and again
+whenever that fails, to talk; it listens on the connections that it accepts. The
+wire is `multiprocessing.connection`: its frames and its mutual HMAC challenge,
+never its pickling, so nothing a peer sends is code. Messages go into the
+mailboxes that threads use. All else is state, told again to who connects again.
+"""
+# Copied from asynchronous_sequence/processes.py
+
+import collections
+import copy
+import dataclasses
+import json
+import math
+import os
+import queue
+import socket
+import struct
+import sys
+import threading
+import time
+from multiprocessing import connection
+
+import link
+import torch
+import trainer
+from torch.nn import utils
+
+from mach import data
+from mach import metrics
+
+SILENCE = 8  # seconds without a word, after which a process counts as gone
+PERIOD = 0.5  # seconds from one sign of life to the next
+STRANGERS = 64  # connections at once that have not shown the key yet
+FAULTS = OSError, EOFError, connection.AuthenticationError
+DTYPES = dict(uint8=torch.uint8, fp16=torch.float16)
+DTYPES |= dict(bf16=torch.bfloat16, fp32=torch.float32)
+# Hyperparameters that may be another process's own.
+OWN = metrics.BOOKKEEPING + ('device', 'precision')
+
+
+@dataclasses.dataclass(frozen=True)
+class News:
+    """What the main threads of others are to know of a MACH of this process."""
+    kind: str  # 'count', or as in main.py: 'step', 'copy', 'ended', 'failed'
+    mach: int
+    fields: dict  # of the line of a step; else of its Tally
+    begun: bool  # whether this process has begun
+    signal: int  # that ends the run; 0: none
+    parameters: torch.Tensor | None  # [n], of the MACH, then of its student
+
+
+KINDS = {k.__name__: k for k in (link.Spike, link.Answer, link.Grad, News)}
+
+
+def pack(receiver, message, precision):
+    """A frame: the head's length, the head in JSON, the bytes of tensors.
+
+    x travels as its pixels' bytes where that is exact, as it is for images, else
+    as fp16; embeddings and gradients with the `precision` asked for.
+    """
+    plain, layout, parts = {}, {}, []
+    for name, value in vars(message).items():
+        if not torch.is_tensor(value):
+            plain[name] = value
+            continue
+        kind = 'fp32' if name == 'parameters' else precision
+        if name == 'x':
+            pixels = data.denormalise(value)
+            exact = torch.equal(data.normalise(pixels), value)
+            kind, value = ('uint8', pixels) if exact else ('fp16', value)
+        layout[name] = kind, *value.shape
+        value = value.detach().to('cpu', DTYPES[kind]).contiguous()
+        parts.append(value.view(torch.uint8).numpy().data)
+    head = json.dumps([receiver, type(message).__name__, plain, layout])
+    return b''.join([struct.pack('<I', len(head)), head.encode(), *parts])
+
+
+def unpack(frame):
+    """(receiver, message) of a frame; ValueError if it is none."""
+    try:
+        start = 4 + int.from_bytes(frame[:4], 'little')
+        receiver, kind, fields, layout = json.loads(frame[4:start])
+        for name, (dtype, *shape) in layout.items():
+            end = start + math.prod(shape) * DTYPES[dtype].itemsize
+            part = bytearray(frame[start:end])
+            value = torch.frombuffer(part, dtype=DTYPES[dtype]).view(shape)
+            fields[name] = (data.normalise(value)
+                            if dtype == 'uint8' else value.float())
+            start = end
+        if start != len(frame):
+            raise ValueError(f'{len(frame)} bytes in place of {start}')
+        if 'key' in fields:
+            fields['key'] = tuple(fields['key'])
+        return receiver, KINDS[kind](**fields)
+    except Exception as error:  # whatever the bytes bring about
+        raise ValueError(f'no frame: {error!r:.100}') from None
+
+
+def wire_of(sock):
+    """A Connection that raises OSError where the other end is silent or stuck."""
+    sock.setblocking(True)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    limit = struct.pack('ll', SILENCE, 0)
+    for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
+        sock.setsockopt(socket.SOL_SOCKET, option, limit)
+    return connection.Connection(sock.detach())
+
+
+def parameters_of(networks):
+    """All their parameters, in order; of None none."""
+    return [p for network in networks if network for p in network.parameters()]
+
+
+class Link:
+    """The way to a MACH of another process, as link.Link is to one of this."""
+
+    def __init__(self, peer, receiver, limit):
+        self._peer, self.receiver = peer, receiver
+        self.lost = self.dropped = 0  # unconnected; overtaken by newer ones
+        peer.limit += limit
+
+    def send(self, message):
+        """See link.Link: never waits."""
+        self._peer.send(self, message)
+
+
+class Peer(threading.Thread):
+    """Another process; the thread carries there what is to be sent.
+
+    Attributes:
+        wire: the connection on which it is heard; None: it is gone.
+        begun, ended: whether it has, as far as is known.
+        limit: messages that wait to be sent at most.
+    """
+
+    def __init__(self, node, rank):
+        super().__init__(name=f'to process {rank}', daemon=True)
+        self.rank, self.wire, self.limit = rank, None, 0
+        self.begun = self.ended = False
+        self.seen = {}  # of the state of this process, what has been sent
+        self._node, self._wake = node, threading.Condition()
+        self._open, self._mail = False, collections.deque()  # (Link, message)
+
+    def send(self, way, message):
+        """Unconnected it is lost; where too many wait the oldest is dropped."""
+        with self._wake:
+            if not self._open:
+                way.lost += 1
+                return
+            if len(self._mail) >= self.limit:
+                self._mail.popleft()[0].dropped += 1
+            self._mail.append((way, message))
+            self._wake.notify()
+
+    def run(self):
+        """Connects, carries, and when that fails connects again."""
+        while True:
+            try:
+                with self._node.connect(self.rank) as wire:
+                    self._open = True
+                    self._carry(wire)
+            except FAULTS:
+                pass
+            with self._wake:
+                self._open = False
+                while self._mail:
+                    self._mail.popleft()[0].lost += 1
+            time.sleep(0.2)
+
+    def _carry(self, wire):
+        self.seen, last = {}, -math.inf
+        while True:
+            if time.monotonic() - last >= PERIOD:
+                last = time.monotonic()
+                for frame in self._node.counts():
+                    wire.send_bytes(frame)
+            for mach, frame in list(self._node.state.items()):
+                if self.seen.get(mach) is not frame:
+                    wire.send_bytes(frame)
+                    self.seen[mach] = frame
+            with self._wake:
+                if not self._mail:
+                    self._wake.wait(PERIOD / 10)
+                way, message = self._mail.popleft() if self._mail else (None, 0)
+            if way:
+                wire.send_bytes(
+                    pack(way.receiver, message, self._node.precision))
+
+
+class Node:
+    """This process, and the queue of events of all of them.
+
+    Without torchrun's variables it is the only one. MACH i lives in process
+    i mod WORLD_SIZE.
+
+    Args:
+        settings: the hyperparameters of main.py, the same for all.
+        dataset: name of the data, the same for all.
+    Raises:
+        ValueError: the variables and the hyperparameters do not go together.
+
+    Attributes:
+        rank: its number; 0 prints the log.
+        restarted: it goes on where one that was killed has stopped.
+        events: (kind, content) as in `work` of main.py.
+        heard: MACH elsewhere -> Copy with its last counts, without networks.
+        signal: the number of the one that ends the run; 0: none has come.
+        refused: connections that did not show the key, or sent no frame.
+    """
+
+    def __init__(self, settings, dataset):
+        values = os.environ.get
+        self.rank, self._size = int(values('RANK',
+                                           0)), int(values('WORLD_SIZE', 1))
+        self._local = int(values('LOCAL_RANK', self.rank))
+        port = int(values('MASTER_PORT', 29500)) + 1  # that one is torchrun's
+        hosts, secret = settings.hosts.split(','), values('MACH_KEY', '')
+        if not 0 <= self.rank < self._size <= settings.k:
+            raise ValueError(f'{self._size} processes need --k {self._size}')
+        if not settings.hosts and self._local != self.rank:
+            raise ValueError('processes on several hosts need --hosts')
+        if settings.hosts and not secret:
+            raise ValueError(
+                '--hosts needs a secret that all processes know in '
+                'the environment: MACH_KEY')
+        # Consecutive processes share a host.
+        self._addresses = [(hosts[r * len(hosts) // self._size] or
+                            '127.0.0.1', port + r) for r in range(self._size)]
+        # Who has other hyperparameters has another key.
+        same = dataclasses.asdict(settings) | dict.fromkeys(OWN) | dict(
+            seed=settings.seed, dataset=dataset)
+        self._key = repr((secret, same)).encode()
+        self.restarted = int(values('MACH_ATTEMPT', 0)) > 0
+        self.precision = settings.wire_precision
+        self._settings, self._own = settings, []
+        self._begun, self.signal, self.refused = False, 0, 0
+        self.events = queue.Queue(4 * settings.k)  # bounded, as memory is
+        self.state = {}  # own MACH -> the frame of its last news but counts
+        self.heard, self._networks, self._ways, self._longest = {}, {}, {}, 0
+        self._strangers = threading.Semaphore(STRANGERS)
+        self.peers = {r: Peer(self, r) for r in range(self._size)}
+        del self.peers[self.rank]
+        self._log = None  # the Link to process 0
+
+    # ----------------------------------------------------- for the main thread
+
+    def adopt(self, trainers):
+        """Returns those of MACHs that live here; they get links to others."""
+        here = {
+            t.index: t for t in trainers if t.index % self._size == self.rank
+        }
+        self._own = list(here.values())
+        limit = 3 * self._settings.recent  # what a receiver would keep
+        for one in trainers:
+            if one.index not in here:
+                self._networks[one.index] = one.mach, one.student
+                peer = self.peers[one.index % self._size]
+                for other in set(one.links) & set(here):
+                    # It ends here and delays or loses what arrives, if asked to.
+                    self._ways[one.index, other] = one.links[other]
+                    here[other].links[one.index] = Link(peer, one.index, limit)
+        if self.rank:
+            self._log = Link(self.peers[0], -1, limit)
+        sizes = [
+            sum(p.numel()
+                for p in parameters_of((t.mach, t.student)))
+            for t in trainers
+        ]
+        rows = self._settings.batch_size * (data.PIXELS +
+                                            self._settings.embedding)
+        self._longest = 4 * max(rows, *sizes) + 2**16  # bytes
+        return self._own
+
+    def open(self):
+        """Listens and talks from now on, bound to one core.
+
+        To the operating system each worker of torchrun is a session, and it may
+        give one session a core for seconds.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        if not self.peers:
+            return
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[self._local % len(cores)]})
+        server = socket.create_server(self._addresses[self.rank], backlog=128)
+        threads = [threading.Thread(target=self._accept, args=(server,))]
+        for thread in [*threads, *self.peers.values()]:
+            thread.daemon = True
+            thread.start()
+
+    def outputs(self):
+        """Where the log goes: None is stdout; OSError if it cannot be."""
+        outputs = [] if self.rank else [None]
+        if self._settings.log_folder:
+            os.makedirs(self._settings.log_folder, exist_ok=True)
+            path = f'{self._settings.log_folder}/process{self.rank}.txt'
+            mode = 'a' if self.restarted else 'w'
+            outputs.append(open(path, mode, encoding='utf-8'))
+        return outputs
+
+    def begin(self):
+        """Waits for all others, up to `patience`; who comes late begins alone."""
+        end = time.monotonic() + self._settings.patience
+        while not self.signal:
+            gone = [r for r, peer in self.peers.items() if not peer.wire]
+            late = any(p.begun and p.wire for p in self.peers.values())
+            if not gone or late or time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        if gone and not late:
+            self._say(f'begins without process {gone}')
+        self._begun = True
+
+    def put(self, event):
+        """Takes an event of a MACH that lives here, for all main threads."""
+        kind, content = event
+        if kind == 'step' and self.rank:
+            for fields in content:
+                self._log.send(self._news(kind, fields['mach'], fields))
+        elif kind != 'step':
+            copies = content[0] if kind == 'failed' else content
+            for i, (tally, *networks) in copies.items():
+                news = self._news(kind, i, vars(tally), networks)
+                self.state[i] = pack(-1, news, 'fp32')
+        self.events.put(event)
+
+    def hears(self, mach):
+        """Whether the process of a MACH is there."""
+        rank = mach % self._size
+        return rank == self.rank or self.peers[rank].wire is not None
+
+    def interrupt(self, number, _):
+        """Handles a signal: the run is to end, in all processes."""
+        self.signal = self.signal or int(number)
+
+    def leave(self):
+        """Waits until all is told and process 0 has written its log."""
+        end = time.monotonic() + SILENCE
+        while time.monotonic() < end and any(
+                peer.wire and (peer.rank == 0 or peer.seen != self.state)
+                for peer in self.peers.values()):
+            time.sleep(0.02)
+        if self.refused:
+            self._say(f'has refused {self.refused} connections')
+
+    # --------------------------------------------------------- for its threads
+
+    def connect(self, rank):
+        """A Connection to another process, on which this one talks."""
+        address = self._addresses[rank]
+        wire = wire_of(socket.create_connection(address, SILENCE))
+        connection.answer_challenge(wire, self._key)
+        connection.deliver_challenge(wire, self._key)
+        return wire
+
+    def counts(self):
+        """A frame for each MACH that lives here: also the sign of life."""
+        tallies = {}
+        for one in self._own:
+            tallies |= one.copy(networks=False)
+        return [
+            pack(-1, self._news('count', i, vars(found.tally)), 'fp32')
+            for i, found in tallies.items()
+        ]
+
+    def _news(self, kind, mach, fields, networks=()):
+        parts = [p.detach().flatten() for p in parameters_of(networks)]
+        return News(kind, mach, fields, self._begun, self.signal,
+                    torch.cat(parts) if parts else None)
+
+    def _accept(self, server):
+        while True:
+            try:
+                sock, _ = server.accept()
+            except OSError:  # too many open files: others may be closed soon
+                time.sleep(0.1)
+                continue
+            if self._strangers.acquire(blocking=False):
+                threading.Thread(target=self._hear, args=(sock,),
+                                 daemon=True).start()
+            else:
+                sock.close()
+                self._refuse('too many at once')
+
+    def _hear(self, sock):
+        peer, wire = None, wire_of(sock)
+        try:
+            try:
+                connection.deliver_challenge(wire, self._key)
+                connection.answer_challenge(wire, self._key)
+            finally:
+                self._strangers.release()
+            while True:
+                receiver, message = unpack(wire.recv_bytes(self._longest))
+                sender = message.mach if receiver < 0 else message.sender
+                peer = peer or self.peers[sender % self._size]
+                if peer is not self.peers[sender % self._size]:
+                    raise ValueError(f'mach {sender} is of another process')
+                self._deliver(peer, receiver, message)
+                if peer.wire is not wire:
+                    peer.wire = wire
+                    if self._begun:
+                        self._announce(f'process {peer.rank} is here')
+        except FAULTS as error:
+            if not peer:  # has another key, or other hyperparameters
+                self._refuse(repr(error))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self._refuse(repr(error))
+        finally:
+            wire.close()
+            if peer and peer.wire is wire:
+                peer.wire = None
+                if not peer.ended:
+                    self._announce(f'process {peer.rank} is gone')
+
+    def _deliver(self, peer, receiver, message):
+        if receiver >= 0:
+            self._ways[message.sender, receiver].send(message)
+            return
+        peer.begun, i = message.begun, message.mach
+        self.signal = self.signal or message.signal
+        if message.kind == 'step':
+            self.events.put(('step', [message.fields]))
+            return
+        tally, networks = metrics.Tally(i), ()
+        vars(tally).update(message.fields)
+        if message.parameters is not None:
+            networks = copy.deepcopy(self._networks[i])
+            utils.vector_to_parameters(message.parameters,
+                                       parameters_of(networks))
+        found = trainer.Copy(tally, *networks)
+        self.heard[i] = trainer.Copy(tally)
+        if message.kind == 'failed':
+            self.events.put(('failed', ({i: found}, '')))
+        elif message.kind != 'count':
+            self.events.put((message.kind, {i: found}))
+        peer.ended |= message.kind in ('ended', 'failed')
+
+    def _refuse(self, why):
+        self.refused += 1
+        if self.refused == 1:
+            self._say(f'refuses a connection ({why}); others are only counted')
+
+    def _announce(self, text):
+        if not any(p.wire and p.rank < self.rank for p in self.peers.values()):
+            self._say(f'says: {text}')
+
+    def _say(self, text):
+        print(f'process {self.rank} {text}', file=sys.stderr, flush=True)
