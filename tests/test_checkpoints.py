@@ -2,7 +2,6 @@
 
 import errno
 import pathlib
-import pickle
 import re
 
 import conftest
@@ -15,51 +14,52 @@ from mach import data
 
 fixture_dataset = test_main.fixture_dataset
 fixture_run_here = test_main.fixture_run_here
-
-FOLDERS = conftest.SYNCHRONOUS + conftest.ASYNCHRONOUS
-every_folder = pytest.mark.parametrize('folder', FOLDERS)
-synchronous = pytest.mark.parametrize('folder', conftest.SYNCHRONOUS)
-asynchronous = pytest.mark.parametrize('folder', conftest.ASYNCHRONOUS)
+every_experiment = test_main.every_experiment
+synchronous, asynchronous = test_main.synchronous, test_main.asynchronous
+snapshot = test_trainer.snapshot
 
 
 def words_of(path, *more):
-    """A command line with a checkpoint in a folder."""
+    """A command line with checkpoints in a folder."""
     return [f'--checkpoint={path}', '--checkpoint_every=1', *more]
 
 
-def make(folder, path, **names):
+def make(experiment, path, **names):
     """A whole experiment of new trainers with files in `path`."""
     names = dict(delay=2, dropout=0.5, checkpoint=str(path)) | names
-    return test_trainer.make_all(folder, **names)
+    return test_trainer.make_all(experiment, **names)
 
 
-def run_steps(folder, run, steps, save=False):
-    """Takes so many steps of every trainer, in turn."""
+def take_steps(run, steps):
+    """So many of every trainer, in turn."""
     for _ in range(steps):
         for one in run.trainers:
             one.step()
-    for one in run.trainers if save else ():
-        conftest.load(folder).trainer.save(one, one.settings.checkpoint)
 
 
-def resume(folder, run):
-    """Has all trainers go on from their files."""
+def for_all(run, experiment, name):
+    """Calls save or resume for all its trainers; gives the run back."""
     for one in run.trainers:
-        conftest.load(folder).trainer.resume(one, one.settings.checkpoint)
+        getattr(conftest.load(experiment).trainer,
+                name)(one, one.settings.checkpoint)
     return run
 
 
 def counts(run):
-    """All that is counted, less the time."""
-    tallies = [t for one in run.trainers for t in one.copy(False).values()]
-    return [{
-        k: v for k, v in vars(t.tally).items() if k not in ('seconds', '_began')
-    } for t in tallies]
+    """All that its MACHs count, less the time: a list of dicts."""
+    copies = [c for one in run.trainers for c in one.copy(False).values()]
+    found = [dict(vars(c.tally), seconds=0, _began=0) for c in copies]
+    return found
 
 
-def fail_at(patch, folder, count):
+def files(path):
+    """Name -> content of each file in a folder."""
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def fail_at(patch, experiment, count):
     """Has trainers raise in the step after so many."""
-    trainer = conftest.load(folder).trainer.Trainer
+    trainer = conftest.load(experiment).trainer.Trainer
 
     def step(one, *args, take=trainer.step):
         if one.steps_taken == count:
@@ -69,9 +69,9 @@ def fail_at(patch, folder, count):
     patch.setattr(trainer, 'step', step)
 
 
-def files(path):
-    """Name -> content of each file in a folder."""
-    return {p.name: p.read_bytes() for p in pathlib.Path(path).iterdir()}
+def no_space(*_, **__):
+    """In place of what writes."""
+    raise OSError(errno.ENOSPC, 'no space left')
 
 
 # ------------------------------------------------------ as if it never stopped
@@ -80,23 +80,21 @@ def files(path):
 @synchronous
 @pytest.mark.parametrize('delay', [0, 2])
 @pytest.mark.parametrize('inputs', ['synthetic', 'real'])
-def test_lockstep_goes_on_to_the_bit(folder, tmp_path, delay, inputs):
+def test_lockstep_goes_on_to_the_bit(experiment, tmp_path, delay, inputs):
     """Wherever it was stopped: with Grads in flight, in a log's window."""
     names = dict(delay=delay, inputs=inputs)
     for stopped in (1, 2, 5):
-        torch.manual_seed(5)
-        whole = make(folder, tmp_path, **names)
-        run_steps(folder, whole, stopped, save=True)
-        run_steps(folder, whole, 6)
-        torch.manual_seed(6)  # neither dropout nor weights are drawn anew
-        run = resume(folder, make(folder, tmp_path, seed=3, **names))
+        whole = make(experiment, tmp_path, **names)
+        take_steps(whole, stopped)
+        take_steps(for_all(whole, experiment, 'save'), 6)
+        run = make(experiment, tmp_path, **names)
+        torch.manual_seed(6)
+        for_all(run, experiment, 'resume')
         assert run.trainers[0].steps_taken == stopped
-        run_steps(folder, run, 6)
-        expected = test_trainer.snapshot(*whole.machs, *whole.students)
-        found = test_trainer.snapshot(*run.machs, *run.students)
-        assert torch.equal(found, expected)
+        take_steps(run, 6)
+        assert torch.equal(snapshot(*run.machs, *run.students),
+                           snapshot(*whole.machs, *whole.students))
         assert str(counts(run)) == str(counts(whole))
-        assert len(files(tmp_path)) == 1
         for one, other in zip(run.batches, whole.batches):
             assert torch.equal(one.next()[0], other.next()[0])
 
@@ -104,40 +102,42 @@ def test_lockstep_goes_on_to_the_bit(folder, tmp_path, delay, inputs):
 @synchronous
 @pytest.mark.parametrize('words', ['--delay=0', '--delay=2 --dropout=.4'])
 def test_lockstep_ends_the_same_from_the_command_line(run_here, monkeypatch,
-                                                      tmp_path, folder, words):
-    """In the middle of its run, of an epoch and of a log's window."""
-    words = [w for w in words.split() if 'single' not in folder or 'del' in w]
-    words += ['--batch_size=300', '--steps=12', '--log_every=4', '--seed=4']
-    more = '--evaluate_every=0', *words_of(tmp_path)
-    code, whole, _ = run_here(folder, *words, '--evaluate_every=0')
+                                                      tmp_path, experiment,
+                                                      words):
+    """Stopped in the middle of an epoch and of a log's window."""
+    words = words.split()[:1 if experiment == 'synchronous_single' else 2]
+    words += '--batch_size=300 --steps=12 --log_every=4 --seed=4'.split()
+    words += ['--evaluate_every=0']
+    code, whole, _ = run_here(experiment, *words)
     assert code == 0
+    words += words_of(tmp_path)
     with monkeypatch.context() as patch:
-        fail_at(patch, folder, 7)
-        code, first, _ = run_here(folder, *words, *more)
+        fail_at(patch, experiment, 7)
+        code, first, _ = run_here(experiment, *words)
         assert code == 1 and first.mean['steps'] == 7
-    code, second, err = run_here(folder, *words, *more, '--resume=True')
+    code, second, err = run_here(experiment, *words, '--resume=True')
     assert (code, err, len(second.steps)) == (0, '', 2 * len(first.steps))
     second.steps = first.steps + second.steps
     assert test_main.without_time(second) == test_main.without_time(whole)
-    assert second.mean['seconds'] >= first.mean['seconds']
 
 
-@every_folder
+@every_experiment
 def test_a_finished_run_ends_at_once_with_the_same_results(
-        run_here, tmp_path, folder):
-    code, log, err = run_here(folder, *words_of(tmp_path))
-    again, found, _ = run_here(folder, *words_of(tmp_path, '--resume=True'))
+        run_here, tmp_path, experiment):
+    code, log, _ = run_here(experiment, *words_of(tmp_path))
+    again, found, err = run_here(experiment, *words_of(tmp_path,
+                                                       '--resume=True'))
     assert (code, again, err) == (0, 0, '') and not found.steps
-    for key in ('real', 'synthetic', 'steps', 'staleness', 'lost'):
+    for key in ('real', 'synthetic', 'steps', 'staleness', 'lost', 'seconds'):
         one, other = [[f[key] for f in l.finals] for l in (log, found)]
         assert one == pytest.approx(other, nan_ok=True), key
 
 
 def test_batches_go_on_where_they_were(dataset):
-    one, other = [
-        data.deal(dataset, 2, 'disjoint', 64, seed)[0] for seed in (0, 0)
+    (one, others), (other, _) = [
+        data.deal(dataset, 2, 'disjoint', 64, 0) for _ in range(2)
     ]
-    for _ in range(10):  # in the second epoch
+    for _ in range(10):  # into the second epoch
         one.next()
     state = one.state()
     assert state['queue'].untyped_storage().nbytes() == state['queue'].nbytes
@@ -145,66 +145,58 @@ def test_batches_go_on_where_they_were(dataset):
     other.restore(state)
     for batch in expected:
         assert all(map(torch.equal, batch, other.next()))
-    others = data.deal(dataset, 2, 'disjoint', 64, 0)[1]
     with pytest.raises(data.DataError, match='images are others'):
         others.restore(state)
 
 
-# ---------------------------------------------------- written whole or not at all
+# -------------------------------------------------- written whole or not at all
 
 
-@every_folder
+@every_experiment
 @pytest.mark.parametrize('where', ['open', 'fsync', 'replace'])
-def test_a_write_that_fails_leaves_the_old_file(folder, tmp_path, monkeypatch,
-                                                capsys, where):
-    run = make(folder, tmp_path)
-    run_steps(folder, run, 2, save=True)
-    before = files(tmp_path)
-    names = {'machs.pt'} if len(
-        run.trainers) == 1 else {f'mach{one.index}.pt' for one in run.trainers}
+def test_a_write_that_fails_leaves_the_old_file(experiment, tmp_path,
+                                                monkeypatch, capsys, where):
+    run = make(experiment, tmp_path)
+    take_steps(run, 2)
+    before, names = files(for_all(run, experiment, 'save') and tmp_path), {
+        f'mach{getattr(one, "index", "s")}.pt' for one in run.trainers
+    }
     assert set(before) == names
-
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, 'no space left')
-
-    owner = conftest.load(folder).trainer
+    take_steps(run, 1)
     with monkeypatch.context() as patch:
-        if where == 'open':
-            patch.setattr(owner, 'open', fail, raising=False)
-        else:
-            patch.setattr(owner.os, where, fail)
-        run_steps(folder, run, 1, save=True)
+        owner = conftest.load(experiment).trainer
+        patch.setattr(owner if where == 'open' else owner.os,
+                      where,
+                      no_space,
+                      raising=False)
+        for_all(run, experiment, 'save')
     assert files(tmp_path) == before
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(run.trainers)
+    assert len(lines) == len(names)
     assert all('warning: no checkpoint of step 3: ' in line for line in lines)
-    run_steps(folder, run, 0, save=True)
-    assert files(tmp_path).keys() == before.keys()
-    assert resume(folder, make(folder, tmp_path)).trainers[0].steps_taken == 3
+    for_all(run, experiment, 'save')
+    assert set(files(tmp_path)) == names
+    again = for_all(make(experiment, tmp_path), experiment, 'resume')
+    assert again.trainers[0].steps_taken == 3
 
 
-@every_folder
+@every_experiment
 def test_a_disk_that_fails_stops_nobody(run_here, monkeypatch, tmp_path,
-                                        folder):
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, 'no space left')
-
-    owner = conftest.load(folder).trainer
-    monkeypatch.setattr(owner.os, 'fsync', fail)
-    code, log, err = run_here(folder, *words_of(tmp_path, '--steps=2'))
-    assert code == 0 and log.mean['steps'] == 2
-    assert all(
-        re.match('warning: no checkpoint of step [12]: .*no space', line)
-        for line in err.splitlines()) and err
-    assert not files(tmp_path)
+                                        experiment):
+    owner = conftest.load(experiment).trainer
+    monkeypatch.setattr(owner.os, 'fsync', no_space)
+    code, log, err = run_here(experiment, *words_of(tmp_path, '--steps=2'))
+    assert code == 0 and log.mean['steps'] == 2 and not files(tmp_path)
+    for line in err.splitlines():
+        assert re.match('warning: no checkpoint of step [12]: .*no sp', line)
+    assert err
 
 
-# ------------------------------------------------------------------- refused
+# ---------------------------------------------------------------------- refused
 
 
 class Evil:
-    """Its pickle creates a file where it is unpickled."""
+    """Its pickle creates a file where it is read."""
 
     def __init__(self, path):
         self.path = path
@@ -213,222 +205,122 @@ class Evil:
         return pathlib.Path.touch, (self.path,)
 
 
-def spoil(path, how):
-    """Damages a file."""
-    content = path.read_bytes()
-    if how == 'cut':
-        path.write_bytes(content[:len(content) // 2])
-    elif how == 'bit':  # in a tensor's numbers, of which it is mostly made
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) +
-                         content[middle + 1:])
-    elif how == 'other':
-        torch.save([1, 2], path)
-    elif how == 'shape':
-        state = torch.load(path)
-        state['optimisers'][0][0]['head.bias'] = torch.zeros(3)
-        torch.save(state, path)
-    elif how == 'pickle':
-        path.write_bytes(pickle.dumps(Evil(path.with_name('evil'))))
-    elif how == 'evil':
-        torch.save(dict(a=Evil(path.with_name('evil'))), path)
-    else:
-        path.write_bytes(b'')
-
-
-@every_folder
-def test_damaged_files_are_refused_in_one_line(run_here, tmp_path, folder):
+@every_experiment
+def test_damaged_files_are_refused_in_one_line(run_here, tmp_path, experiment):
     words = words_of(tmp_path, '--steps=2')
-    assert run_here(folder, *words)[0] == 0
-    path = max(tmp_path.iterdir())
-    content = path.read_bytes()
-    for how in ('empty', 'cut', 'bit', 'other', 'shape', 'pickle', 'evil'):
-        path.write_bytes(content)
-        spoil(path, how)
-        test_main.check_refused(run_here, folder, [*words, '--resume=True'],
+    assert run_here(experiment, *words)[0] == 0
+    words.append('--resume=True')
+    path, evil = max(tmp_path.iterdir()), tmp_path / 'evil'
+    content, state = path.read_bytes(), torch.load(path)
+    half = len(content) // 2  # in the midst of some tensor's numbers
+    flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1:]
+    state['optimisers'][0][0]['head.bias'] = torch.zeros(3)
+    for spoilt in (b'', content[:half], flipped, [1, 2], state, Evil(evil)):
+        if isinstance(spoilt, bytes):
+            path.write_bytes(spoilt)
+        else:
+            torch.save(spoilt, path)
+        test_main.check_refused(run_here, experiment, words,
                                 f'{path} is damaged')
-    assert not (tmp_path / 'evil').exists()
+    assert not evil.exists()
+    torch.load(path, weights_only=False)
+    assert evil.exists(), 'that was a test'
     path.write_bytes(content)
-    assert run_here(folder, *words, '--resume=True')[0] == 0
+    assert run_here(experiment, *words)[0] == 0
 
 
-def test_the_evil_file_is_one(tmp_path):
-    spoil(tmp_path / 'file', 'empty')
-    spoil(tmp_path / 'file', 'evil')
-    torch.load(tmp_path / 'file', weights_only=False)
-    assert (tmp_path / 'evil').exists()
-
-
-@every_folder
-def test_other_hyperparameters_are_refused_by_name(run_here, tmp_path, folder):
+@every_experiment
+def test_other_hyperparameters_are_refused_by_name(run_here, tmp_path,
+                                                   experiment):
     words = words_of(tmp_path, '--steps=2')
-    assert run_here(folder, *words)[0] == 0
-    fields = test_main.hyperparameters(folder)
-    for name, value in dict(seed=1,
-                            steps=3,
-                            batch_size=17,
-                            precision='bf16',
-                            learning_rate=0.1,
-                            delay=3,
-                            share=0.5,
-                            shards='full',
-                            latency=1.0).items():
-        if name in fields and fields[name].default != value:
-            test_main.check_refused(
-                run_here, folder,
-                [*words, '--resume=True', f'--{name}={value}'],
-                f'cannot resume from {tmp_path}', f'pt: {name} was ',
-                f'it is {value}')
-    code, _, err = run_here(folder, *words, '--resume=True', '--log_every=1',
-                            '--evaluate_every=1', '--checkpoint_every=7')
+    assert run_here(experiment, *words)[0] == 0
+    words.append('--resume=True')
+    others = 'seed=1 steps=3 batch_size=17 precision=bf16 delay=3 share=0.5'
+    for name, value in re.findall(r'(\w+)=(\S+)', others):
+        if name in test_main.hyperparameters(experiment):
+            test_main.check_refused(run_here, experiment,
+                                    [*words, f'--{name}={value}'],
+                                    f'cannot resume from {tmp_path}/mach',
+                                    f'.pt: {name} was ', f'it is {value}\n')
+    words += '--log_every=1 --evaluate_every=1 --checkpoint_every=7'.split()
+    code, _, err = run_here(experiment, *words)
     assert (code, err) == (0, '')
 
 
-@every_folder
-def test_folders_that_cannot_be(run_here, tmp_path, folder):
+@every_experiment
+def test_folders(run_here, tmp_path, experiment):
+    """Created if need be; without files in it, all begin."""
     (tmp_path / 'file').touch()
     for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
-        test_main.check_refused(run_here, folder, words_of(path), path)
-    test_main.check_refused(run_here, folder, ['--resume=True'],
-                            '--resume needs the folder --checkpoint')
-
-
-@every_folder
-def test_without_a_file_it_begins(run_here, tmp_path, folder):
+        test_main.check_refused(run_here, experiment, words_of(path), path)
     path = tmp_path / 'deep' / 'er'
-    code, log, err = run_here(folder, *words_of(path, '--resume=True'))
-    machs = len(log.finals) - 1 if folder in conftest.ASYNCHRONOUS else 1
+    code, log, err = run_here(experiment, *words_of(path, '--resume=True'))
     assert code == 0 and log.mean['steps'] == 6
-    lines = err.splitlines()
-    assert len(lines) == machs == len(files(path))
-    assert all(line.startswith(f'warning: no {path}/mach') for line in lines)
+    assert sorted(err.splitlines()) == sorted(
+        f'warning: no {path / name}: from the beginning'
+        for name in files(path))
 
 
 # -------------------------------------------------- a life after an earlier one
 
 
 @asynchronous
-def test_asynchronous_machs_go_on_from_their_steps(run_here, monkeypatch,
-                                                   tmp_path, folder):
+def test_each_goes_on_from_its_own_step(run_here, monkeypatch, tmp_path,
+                                        experiment):
     """One of them from the beginning, as it has no file."""
-    words = words_of(tmp_path, '--k=3', '--steps=9', '--evaluate_every=3')
-    main = conftest.load_main(folder)
+    words = words_of(tmp_path, '--k=3', '--steps=9')
     with monkeypatch.context() as patch:
-        fail_at(patch, folder, 4)
-        assert run_here(folder, *words)[0] == 1
-    assert len(files(tmp_path)) == 3
+        fail_at(patch, experiment, 4)
+        assert run_here(experiment, *words)[0] == 1
     (tmp_path / 'mach1.pt').unlink()
-    began = []
-    work = main.work
-    monkeypatch.setattr(
-        main, 'work', lambda one, *args: (began.append(
-            (one.index, one.steps_taken)), work(one, *args)))
-    code, log, err = run_here(folder, *words, '--resume=True')
+    main, began = conftest.load_main(experiment), []
+    monkeypatch.setattr(main,
+                        'work',
+                        lambda one, *args, work=main.work: (began.append(
+                            (one.index, one.steps_taken)), work(one, *args)))
+    code, log, err = run_here(experiment, *words, '--resume=True')
     assert code == 0 and sorted(began) == [(0, 4), (1, 0), (2, 4)]
     assert err == f'warning: no {tmp_path}/mach1.pt: from the beginning\n'
     assert {f['steps'] for f in log.finals} == {9}
     assert all(f['real'] >= 0 and f['synthetic'] >= 0 for f in log.finals)
 
 
-def make_lone(folder, path, **names):
-    """A MACH of one child, which is the test; its Sink."""
-    one, sinks = test_trainer.make_lone(folder, checkpoint=str(path), **names)
-    return one, sinks[0]
-
-
 @asynchronous
-def test_mail_of_an_earlier_life_does_no_harm(folder, tmp_path):
-    run, mail, late = make(folder, tmp_path), [], []
+def test_mail_of_an_earlier_life_does_no_harm(experiment, tmp_path):
+    sent, late = [], []
+    run = make(experiment, tmp_path, loss=0.2)
     for one in run.trainers:
-        one.mailbox.put = lambda message, delay=0, box=one.mailbox: (
-            mail.append((run.trainers[box.index], message)), type(box).put(
-                box, message, delay))
-        one.mailbox.index = one.index
-    run_steps(folder, run, 3, save=True)
-    run_steps(folder, run, 6)
-    again = resume(folder, make(folder, tmp_path))
-    for receiver, message in mail:  # all that was ever sent comes again
-        again.trainers[receiver.index].mailbox.put(message)
+        one.mailbox.put = lambda *content, i=one.index, put=one.mailbox.put: (
+            sent.append((i, content)), put(*content))
+    take_steps(run, 3)
+    take_steps(for_all(run, experiment, 'save'), 6)
+    again = make(experiment, tmp_path, loss=0.2)
+    lost = sum(c['lost'] for c in counts(for_all(again, experiment, 'resume')))
+    assert 0 < lost < sum(c['lost'] for c in counts(run))
+    for i, content in sent:  # all that ever came comes again
+        again.trainers[i].mailbox.put(*content)
     for one in again.trainers:
         one.tally.grad = late.append
-    run_steps(folder, again, 6)
-    assert max(m.version for _, m in mail if hasattr(m, 'gradient')) > 3
+    take_steps(again, 6)
+    assert lost < sum(c['lost'] for c in counts(again))
+    assert max(m.version for _, (m, _) in sent if hasattr(m, 'gradient')) > 3
     assert late and min(late) == 0
-    assert test_trainer.snapshot(*again.machs).isfinite().all()
-
-
-@asynchronous
-def test_no_key_comes_again(folder, tmp_path):
-    keys = []
-    for _ in range(3):
-        one, sink = make_lone(folder, tmp_path)
-        for _ in range(20):
-            one.step()
-        keys += [spike.key for spike in sink.take('Spike')]
-    assert len({*keys}) == len(keys) == 60
-
-
-@asynchronous
-def test_a_child_that_was_set_back_is_taught_again(folder, tmp_path):
-    one, sink = make_lone(folder, tmp_path, steps=9)
-    versions = []
-    for version in (None, 9, 4):
-        if version:
-            key = sink.take('Spike')[-1].key
-            one.tell('Answer', key, 0, test_trainer.random_d(1), version)
-            one.serve(0.0)
-        one.step()
-        versions.append([grad.version for grad in sink.take('Grad')])
-    assert versions == [[-1], [], [4]]
-
-
-@asynchronous
-def test_a_finished_mach_teaches_in_its_second_life(folder, tmp_path):
-    save, go_on = [
-        getattr(conftest.load(folder).trainer, name)
-        for name in ('save', 'resume')
-    ]
-    one, _ = make_lone(folder, tmp_path, steps=2)
-    one.step()
-    one.step()
-    save(one, tmp_path)
-    one, sink = make_lone(folder, tmp_path, steps=2)
-    go_on(one, tmp_path)
-    before = test_trainer.snapshot(one.mach)
-    for version in (1, 1, 2):  # of the child's two steps
-        one.serve(0.0)
-        spike = sink.take('Spike')[-1]
-        assert len(sink.take('Grad')) == 1
-        one.tell('Answer', spike.key, 0, test_trainer.random_d(1), version)
-    one.serve(0.0)
-    assert not sink.messages, 'all over'
-    assert torch.equal(test_trainer.snapshot(one.mach), before)
-
-
-@asynchronous
-def test_losses_of_both_lives_are_counted(folder, tmp_path):
-    names = dict(loss=0.5, mailbox=2)
-    run = make(folder, tmp_path, **names)
-    run_steps(folder, run, 9, save=True)
-    again = resume(folder, make(folder, tmp_path, **names))
-    first = counts(run)
-    assert str(first) == str(counts(again))
-    run_steps(folder, again, 9)
-    for key in ('lost', 'dropped'):
-        assert 0 < sum(c[key] for c in first) < sum(
-            c[key] for c in counts(again))
+    assert snapshot(*again.machs).isfinite().all()
 
 
 def test_ctrl_c_and_on(tmp_path):
     """A MACH goes on from the step in which it was stopped."""
 
-    def run(folder):
-        words = words_of(tmp_path / folder, '--precision=fp32', '--k=3')
-        first = test_main.interrupt(tmp_path, folder, *words)
-        second = test_main.interrupt(tmp_path, folder, *words, '--resume=True')
-        for mach, final in enumerate(first.finals[:-1]):
-            steps = [f['step'] for f in second.steps if f['mach'] == mach]
-            assert not steps or steps[0] == 10 * (final['steps'] // 10 + 1)
-        assert second.steps and second.mean['steps'] > first.mean['steps']
+    def run(experiment):
+        words = f'--checkpoint={tmp_path / experiment}', '--precision=fp32'
+        logs = [
+            test_main.interrupt(tmp_path, experiment, '--k=3', *words, resume)
+            for resume in ('--resume=False', '--resume=True')
+        ]
+        for mach in range(3):
+            stopped = logs[0].finals[mach]['steps']
+            steps = [f['step'] for f in logs[1].steps if f['mach'] == mach]
+            assert not steps or steps[0] == 10 * (stopped // 10 + 1)
+            assert logs[1].finals[mach]['steps'] >= stopped
 
     test_main.two_at_a_time(run, ('synchronous_kgraph', 'asynchronous_kgraph'))

@@ -1046,6 +1046,31 @@ def test_staleness_is_counted_in_steps_of_the_receiver(folder):
 
 
 @asynchronous
+def test_a_child_that_was_set_back_is_taught_again(folder):
+    trainer, sinks = make_lone(folder, steps=9)
+    versions = []
+    for version in (None, 9, 4):
+        if version:
+            key = sinks[0].take('Spike')[-1].key
+            trainer.tell('Answer', key, 0, random_d(1), version)
+            trainer.serve(0.0)
+        trainer.step()
+        versions.append([grad.version for grad in sinks[0].take('Grad')])
+    assert versions == [[-1], [], [4]]
+
+
+@asynchronous
+def test_no_key_of_an_earlier_life_comes_again(folder):
+    keys = []
+    for _ in range(3):
+        trainer, sinks = make_lone(folder)
+        for _ in range(20):
+            trainer.step()
+        keys += [spike.key for spike in sinks[0].take('Spike')]
+    assert len({*keys}) == len(keys) == 60
+
+
+@asynchronous
 @pytest.mark.parametrize('size', [1e-3, 1, 1000, 1e15])
 @pytest.mark.parametrize('version', [-1, 0, 2])
 def test_a_grad_says_which_way_and_not_how_far(folder, size, version, still):
@@ -1309,6 +1334,25 @@ def test_a_finished_mach_teaches_a_child_that_learns(folder):
     trainer.tell('Answer', spike.key, 0, random_d(1), 2)
     trainer.serve(0.0)
     assert not sinks[0].take('Grad') and not sinks[0].take('Spike'), 'all over'
+
+
+@asynchronous
+def test_a_finished_mach_teaches_in_its_second_life(folder):
+    """It asks, as all messages of the first may be lost."""
+    first, _ = make_lone(folder, steps=2)
+    first.step()
+    first.step()
+    trainer, sinks = make_lone(folder, steps=2)
+    trainer.restore(first.state())
+    before = snapshot(trainer.mach)
+    for version in (1, 1, 2):  # of the child's two steps
+        trainer.serve(0.0)
+        spike = sinks[0].take('Spike')[-1]
+        assert len(sinks[0].take('Grad')) == 1
+        trainer.tell('Answer', spike.key, 0, random_d(1), version)
+    trainer.serve(0.0)
+    assert not sinks[0].messages, 'all over'
+    assert torch.equal(snapshot(trainer.mach), before)
 
 
 @asynchronous
