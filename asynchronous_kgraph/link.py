@@ -43,7 +43,7 @@ class Grad:
     sender: int  # index of the parent
     x: torch.Tensor  # [B, 784]
     gradient: torch.Tensor  # [B, E], dL/dd(x), L the loss of a MACH further up
-    version: int  # the receiver's step count that the sender last saw
+    version: int  # the receiver's step count that the sender last saw; or -1
     depth: int  # edges it may still travel
 
 

@@ -77,6 +77,9 @@ class Hyperparameters:
     device: str = hparam('cpu', 'cpu, or cuda:N (written, never run)')
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
+    checkpoint: str = hparam('', 'folder that keeps MACHs; none if empty')
+    checkpoint_every: int = hparam(500, 'steps from one to the next', 1, 10**9)
+    resume: bool = hparam(False, 'go on from `checkpoint`', 'False', 'True')
     # Graph and messages.
     k: int = hparam(5, 'MACHs; 1 is central, one on all the data', 1, 1000)
     connected: bool = hparam(True, 'or isolated', 'False', 'True')
@@ -112,6 +115,8 @@ class Hyperparameters:
     dropout: float = hparam(0.3, 'of h, to lean on children', 0, 0.999)
 
     def __post_init__(self):
+        if self.resume and not self.checkpoint:
+            raise ValueError('--resume needs the folder --checkpoint')
         if max(self.neighbours, self.slow_mach) >= self.k:
             raise ValueError('--neighbours and --slow_mach must be below --k')
 
@@ -281,6 +286,8 @@ def work(mach, settings, events, halt):
     mach.tally.begin()
     try:
         with autocast:
+            if mach.steps_taken:  # resumed; who has finished takes no step more
+                events.put(('copy', mach.copy()))
             while mach.steps_taken < settings.steps and not halt.is_set():
                 began = time.perf_counter()
                 with turn:
@@ -293,9 +300,13 @@ def work(mach, settings, events, halt):
                 if (mach.steps_taken % every == 0 or
                         mach.steps_taken == settings.steps):
                     events.put(('copy', mach.copy()))
+                if (mach.steps_taken % settings.checkpoint_every == 0 or
+                        mach.steps_taken == settings.steps):
+                    trainer.save(mach, settings.checkpoint)
             while not halt.is_set():
                 mach.serve(0.05)
             mach.serve(0)
+        trainer.save(mach, settings.checkpoint)  # its student has learnt on
         events.put(('ended', mach.copy()))
     except Exception:  # pylint: disable=broad-except
         reason = (f'mach {mach.index} failed in step {mach.steps_taken + 1}: '
@@ -426,17 +437,21 @@ def main(words):
                             settings.strict_data)
         node = processes.Node(settings, dataset.name)
         trainers = node.adopt(make_trainers(settings, dataset))
-    except (data.DataError, ValueError) as error:
+        settings.precision = metrics.choose_precision(settings.precision,
+                                                      settings.device)
+        if settings.checkpoint:
+            pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
+            settings.resume |= node.restarted
+        for one in trainers if settings.resume else ():
+            trainer.resume(one, settings.checkpoint)
+        metrics.OUTPUTS[:] = node.open()
+    except (data.DataError, OSError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         return 2
-    settings.precision = metrics.choose_precision(settings.precision,
-                                                  settings.device)
-    metrics.OUTPUTS[:] = node.outputs()
-    if not node.restarted:
+    if not node.restarted:  # else these lines are there
         metrics.say_run(EXPERIMENT, dataset, settings)
     if settings.dry_run:
         return 0
-    node.open()
     for number in signal.SIGINT, signal.SIGTERM:  # there are results to save
         signal.signal(number, node.interrupt)
     copies, failed = train(trainers, settings, dataset, node)

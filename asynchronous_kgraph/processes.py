@@ -39,6 +39,7 @@ DTYPES = dict(uint8=torch.uint8, fp16=torch.float16)
 DTYPES |= dict(bf16=torch.bfloat16, fp32=torch.float32)
 # Hyperparameters that may be another process's own.
 OWN = metrics.BOOKKEEPING + ('device', 'precision')
+LONGEST = 2**28  # bytes of a frame; of a longer one no more is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,92 +187,78 @@ class Peer(threading.Thread):
                     self._wake.wait(PERIOD / 10)
                 way, message = self._mail.popleft() if self._mail else (None, 0)
             if way:
-                wire.send_bytes(
-                    pack(way.receiver, message, self._node.precision))
+                wire.send_bytes(self._node.pack(way.receiver, message))
 
 
 class Node:
-    """This process, and the queue of events of all of them.
+    """This process: MACH i lives in process i mod WORLD_SIZE.
 
-    Without torchrun's variables it is the only one. MACH i lives in process
-    i mod WORLD_SIZE.
+    It reads what torchrun sets, and MACH_KEY. Without these it is the only one.
 
     Args:
         settings: the hyperparameters of main.py, the same for all.
         dataset: name of the data, the same for all.
     Raises:
-        ValueError: the variables and the hyperparameters do not go together.
+        data.DataError: the variables and hyperparameters do not go together.
 
     Attributes:
         rank: its number; 0 prints the log.
         restarted: it goes on where one that was killed has stopped.
-        events: (kind, content) as in `work` of main.py.
+        events: queue of (kind, content) as in `work` of main.py, of all MACHs.
         heard: MACH elsewhere -> Copy with its last counts, without networks.
         signal: the number of the one that ends the run; 0: none has come.
+        state: own MACH -> the frame of its last News but counts.
         refused: connections that did not show the key, or sent no frame.
     """
 
     def __init__(self, settings, dataset):
-        values = os.environ.get
-        self.rank, self._size = int(values('RANK',
-                                           0)), int(values('WORLD_SIZE', 1))
-        self._local = int(values('LOCAL_RANK', self.rank))
-        port = int(values('MASTER_PORT', 29500)) + 1  # that one is torchrun's
-        hosts, secret = settings.hosts.split(','), values('MACH_KEY', '')
+        get, self._settings = os.environ.get, settings
+        self.rank, self._size = int(get('RANK', 0)), int(get('WORLD_SIZE', 1))
+        self._local = int(get('LOCAL_RANK', self.rank))
+        self.restarted = int(get('MACH_ATTEMPT', 0)) > 0
+        hosts, secret = settings.hosts.split(','), get('MACH_KEY', '')
         if not 0 <= self.rank < self._size <= settings.k:
-            raise ValueError(f'{self._size} processes need --k {self._size}')
+            raise data.DataError(f'{self._size} processes need as many MACHs: '
+                                 f'--k {self._size}')
         if not settings.hosts and self._local != self.rank:
-            raise ValueError('processes on several hosts need --hosts')
+            raise data.DataError('processes on several hosts need --hosts')
         if settings.hosts and not secret:
-            raise ValueError(
-                '--hosts needs a secret that all processes know in '
-                'the environment: MACH_KEY')
-        # Consecutive processes share a host.
+            raise data.DataError('--hosts needs a secret that all processes '
+                                 'have in their environment: MACH_KEY')
+        port = int(get('MASTER_PORT', 29500)) + 1  # that one is torchrun's
         self._addresses = [(hosts[r * len(hosts) // self._size] or
                             '127.0.0.1', port + r) for r in range(self._size)]
         # Who has other hyperparameters has another key.
-        same = dataclasses.asdict(settings) | dict.fromkeys(OWN) | dict(
-            seed=settings.seed, dataset=dataset)
-        self._key = repr((secret, same)).encode()
-        self.restarted = int(values('MACH_ATTEMPT', 0)) > 0
-        self.precision = settings.wire_precision
-        self._settings, self._own = settings, []
+        same = dataclasses.asdict(settings) | dict.fromkeys(OWN)
+        self._key = repr((secret, same, settings.seed, dataset)).encode()
         self._begun, self.signal, self.refused = False, 0, 0
         self.events = queue.Queue(4 * settings.k)  # bounded, as memory is
-        self.state = {}  # own MACH -> the frame of its last news but counts
-        self.heard, self._networks, self._ways, self._longest = {}, {}, {}, 0
+        self._own, self.state, self.heard = [], {}, {}
+        self._networks, self._ways = {}, {}  # of MACHs elsewhere; from them
         self._strangers = threading.Semaphore(STRANGERS)
-        self.peers = {r: Peer(self, r) for r in range(self._size)}
-        del self.peers[self.rank]
-        self._log = None  # the Link to process 0
+        self._peers = {
+            rank: Peer(self, rank)
+            for rank in range(self._size)
+            if rank != self.rank
+        }
 
     # ----------------------------------------------------- for the main thread
 
     def adopt(self, trainers):
         """Returns those of MACHs that live here; they get links to others."""
-        here = {
-            t.index: t for t in trainers if t.index % self._size == self.rank
-        }
-        self._own = list(here.values())
-        limit = 3 * self._settings.recent  # what a receiver would keep
+        self._own = trainers[self.rank::self._size]
+        limit = 3 * self._settings.recent  # as many as the receiver would keep
         for one in trainers:
-            if one.index not in here:
-                self._networks[one.index] = one.mach, one.student
-                peer = self.peers[one.index % self._size]
-                for other in set(one.links) & set(here):
-                    # It ends here and delays or loses what arrives, if asked to.
-                    self._ways[one.index, other] = one.links[other]
-                    here[other].links[one.index] = Link(peer, one.index, limit)
-        if self.rank:
-            self._log = Link(self.peers[0], -1, limit)
-        sizes = [
-            sum(p.numel()
-                for p in parameters_of((t.mach, t.student)))
-            for t in trainers
-        ]
-        rows = self._settings.batch_size * (data.PIXELS +
-                                            self._settings.embedding)
-        self._longest = 4 * max(rows, *sizes) + 2**16  # bytes
+            if one in self._own:
+                continue
+            self._networks[one.index] = one.mach, one.student
+            for here in self._own:
+                if here.index in one.links:
+                    # It ends here and delays or loses what comes, if asked to.
+                    self._ways[one.index, here.index] = one.links[here.index]
+                    peer = self._peers[one.index % self._size]
+                    here.links[one.index] = Link(peer, one.index, limit)
+        self._log = self.rank and Link(self._peers[0], -1, limit)
         return self._own
 
     def open(self):
@@ -280,49 +267,50 @@ class Node:
         To the operating system each worker of torchrun is a session, and it may
         give one session a core for seconds.
 
+        Returns:
+            The places where the log goes: files; None is stdout.
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the address or the folder cannot be used.
         """
-        if not self.peers:
-            return
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[self._local % len(cores)]})
-        server = socket.create_server(self._addresses[self.rank], backlog=128)
-        threads = [threading.Thread(target=self._accept, args=(server,))]
-        for thread in [*threads, *self.peers.values()]:
-            thread.daemon = True
-            thread.start()
-
-    def outputs(self):
-        """Where the log goes: None is stdout; OSError if it cannot be."""
         outputs = [] if self.rank else [None]
         if self._settings.log_folder:
             os.makedirs(self._settings.log_folder, exist_ok=True)
-            path = f'{self._settings.log_folder}/process{self.rank}.txt'
-            mode = 'a' if self.restarted else 'w'
-            outputs.append(open(path, mode, encoding='utf-8'))
+            outputs.append(
+                open(f'{self._settings.log_folder}/process{self.rank}.txt',
+                     'a' if self.restarted else 'w',
+                     encoding='utf-8'))
+        if self._peers:
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[self._local % len(cores)]})
+            server = socket.create_server(self._addresses[self.rank],
+                                          backlog=128)
+            threading.Thread(target=self._accept, args=(server,),
+                             daemon=True).start()
+        for peer in self._peers.values():
+            peer.start()
         return outputs
 
     def begin(self):
         """Waits for all others, up to `patience`; who comes late begins alone."""
         end = time.monotonic() + self._settings.patience
         while not self.signal:
-            gone = [r for r, peer in self.peers.items() if not peer.wire]
-            late = any(p.begun and p.wire for p in self.peers.values())
+            gone = [r for r, peer in self._peers.items() if not peer.wire]
+            late = any(
+                peer.begun and peer.wire for peer in self._peers.values())
             if not gone or late or time.monotonic() > end:
                 break
             time.sleep(0.02)
-        if gone and not late:
+        if not self.signal and gone and not late:
             self._say(f'begins without process {gone}')
         self._begun = True
 
     def put(self, event):
         """Takes an event of a MACH that lives here, for all main threads."""
         kind, content = event
-        if kind == 'step' and self.rank:
-            for fields in content:
+        if kind == 'step':
+            for fields in content if self.rank else ():
                 self._log.send(self._news(kind, fields['mach'], fields))
-        elif kind != 'step':
+        else:
             copies = content[0] if kind == 'failed' else content
             for i, (tally, *networks) in copies.items():
                 news = self._news(kind, i, vars(tally), networks)
@@ -332,7 +320,7 @@ class Node:
     def hears(self, mach):
         """Whether the process of a MACH is there."""
         rank = mach % self._size
-        return rank == self.rank or self.peers[rank].wire is not None
+        return rank == self.rank or self._peers[rank].wire is not None
 
     def interrupt(self, number, _):
         """Handles a signal: the run is to end, in all processes."""
@@ -342,8 +330,8 @@ class Node:
         """Waits until all is told and process 0 has written its log."""
         end = time.monotonic() + SILENCE
         while time.monotonic() < end and any(
-                peer.wire and (peer.rank == 0 or peer.seen != self.state)
-                for peer in self.peers.values()):
+                peer.wire and (rank == 0 or peer.seen != self.state)
+                for rank, peer in self._peers.items()):
             time.sleep(0.02)
         if self.refused:
             self._say(f'has refused {self.refused} connections')
@@ -352,21 +340,21 @@ class Node:
 
     def connect(self, rank):
         """A Connection to another process, on which this one talks."""
-        address = self._addresses[rank]
-        wire = wire_of(socket.create_connection(address, SILENCE))
+        sock = socket.create_connection(self._addresses[rank], SILENCE)
+        wire = wire_of(sock)
         connection.answer_challenge(wire, self._key)
         connection.deliver_challenge(wire, self._key)
         return wire
 
+    def pack(self, receiver, message):
+        """The frame of a message to another process."""
+        return pack(receiver, message, self._settings.wire_precision)
+
     def counts(self):
         """A frame for each MACH that lives here: also the sign of life."""
-        tallies = {}
         for one in self._own:
-            tallies |= one.copy(networks=False)
-        return [
-            pack(-1, self._news('count', i, vars(found.tally)), 'fp32')
-            for i, found in tallies.items()
-        ]
+            tally = one.copy(networks=False)[one.index].tally
+            yield self.pack(-1, self._news('count', one.index, vars(tally)))
 
     def _news(self, kind, mach, fields, networks=()):
         parts = [p.detach().flatten() for p in parameters_of(networks)]
@@ -396,11 +384,9 @@ class Node:
             finally:
                 self._strangers.release()
             while True:
-                receiver, message = unpack(wire.recv_bytes(self._longest))
+                receiver, message = unpack(wire.recv_bytes(LONGEST))
                 sender = message.mach if receiver < 0 else message.sender
-                peer = peer or self.peers[sender % self._size]
-                if peer is not self.peers[sender % self._size]:
-                    raise ValueError(f'mach {sender} is of another process')
+                peer = self._peers[sender % self._size]
                 self._deliver(peer, receiver, message)
                 if peer.wire is not wire:
                     peer.wire = wire
@@ -422,24 +408,23 @@ class Node:
         if receiver >= 0:
             self._ways[message.sender, receiver].send(message)
             return
-        peer.begun, i = message.begun, message.mach
+        kind, i = message.kind, message.mach
         self.signal = self.signal or message.signal
-        if message.kind == 'step':
-            self.events.put(('step', [message.fields]))
-            return
-        tally, networks = metrics.Tally(i), ()
-        vars(tally).update(message.fields)
-        if message.parameters is not None:
-            networks = copy.deepcopy(self._networks[i])
-            utils.vector_to_parameters(message.parameters,
-                                       parameters_of(networks))
-        found = trainer.Copy(tally, *networks)
-        self.heard[i] = trainer.Copy(tally)
-        if message.kind == 'failed':
-            self.events.put(('failed', ({i: found}, '')))
-        elif message.kind != 'count':
-            self.events.put((message.kind, {i: found}))
-        peer.ended |= message.kind in ('ended', 'failed')
+        peer.begun = message.begun
+        peer.ended |= kind in ('ended', 'failed')
+        content = [message.fields]
+        if kind != 'step':
+            tally, networks = metrics.Tally(i), (None, None)
+            vars(tally).update(message.fields)
+            if message.parameters is not None:
+                networks = copy.deepcopy(self._networks[i])
+                utils.vector_to_parameters(message.parameters,
+                                           parameters_of(networks))
+            self.heard[i] = trainer.Copy(tally)
+            content = {i: trainer.Copy(tally, *networks)}
+        if kind != 'count':
+            self.events.put(
+                (kind, (content, '') if kind == 'failed' else content))
 
     def _refuse(self, why):
         self.refused += 1
@@ -447,7 +432,7 @@ class Node:
             self._say(f'refuses a connection ({why}); others are only counted')
 
     def _announce(self, text):
-        if not any(p.wire and p.rank < self.rank for p in self.peers.values()):
+        if not any(p.wire and p.rank < self.rank for p in self._peers.values()):
             self._say(f'says: {text}')
 
     def _say(self, text):

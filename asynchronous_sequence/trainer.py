@@ -16,18 +16,25 @@ children that still learn, teaching.
 """
 
 import collections
+import contextlib
 import copy
 import dataclasses
+import io
 import itertools
 import math
+import os
+import pathlib
+import sys
+import time
 import typing
+import zipfile
 
 import link
 import student as students
 import torch
 from torch.nn import functional
 
-from mach import metrics
+from mach import data, metrics
 
 
 # Copied from synchronous_single/trainer.py
@@ -65,14 +72,18 @@ class Trainer:
 
     def __init__(self, index, mach, student, children, batches, settings):
         self.index, self.mach, self.student = index, mach, student
+        self.file = f'mach{index}.pt'  # of its checkpoint
         self.children, self.batches, self.settings = children, batches, settings
         self.mailbox = link.Mailbox(settings.mailbox)
         self.links = {}  # neighbour's index -> Link
         self.locked = settings.inputs == 'real'  # the yardstick: exact, slow
         self.steps_taken = 0
         self.tally = metrics.Tally(index)
-        self._keys = zip(itertools.repeat(index), itertools.count())
-        self._seen = [0] * len(children)  # their step counts when last heard of
+        # Not from 0: messages of a life before this one may still come.
+        self._keys = zip(itertools.repeat(index),
+                         itertools.count(time.time_ns()))
+        # Their step counts when last heard of; -1: never.
+        self._seen = [-1] * len(children)
         self._wanted = False  # as a teacher: a child that learns has answered
         # What has come, by kind, neighbour and depth.
         self._recent = collections.defaultdict(
@@ -85,6 +96,7 @@ class Trainer:
         self._served, self._lessons = {}, {}
         self._optimiser = Optimiser(mach, settings.learning_rate,
                                     settings.weight_decay, settings)
+        self._optimisers = [self._optimiser]
         if children:
             # It ends at a fiftieth of the peak and goes on like that: Grads of a
             # teacher are about the children as they have become.
@@ -93,6 +105,7 @@ class Trainer:
                                                 0.0,
                                                 settings,
                                                 final_div_factor=2)
+            self._optimisers.append(self._student_optimiser)
 
     # ------------------------------------------------------------- the step
 
@@ -183,6 +196,29 @@ class Trainer:
         of = (self.mach, self.student) if networks else ()
         return {self.index: Copy(tally, *copy.deepcopy(of))}
 
+    def state(self):
+        """All that its next steps depend on, messages aside; not copied."""
+        tally = self.copy(networks=False)[self.index].tally
+        return dict(hyperparameters=dict(vars(self.settings)),
+                    steps_taken=self.steps_taken,
+                    random=generator_of(self.settings.device).get_state(),
+                    optimisers=[one.state() for one in self._optimisers],
+                    batches=self.batches.state(),
+                    tally=vars(tally))
+
+    def restore(self, state):
+        """Goes on from the state of another, of the same hyperparameters."""
+        self.steps_taken, device = state['steps_taken'], self.settings.device
+        if state['hyperparameters']['device'] == device:
+            generator_of(device).set_state(state['random'].cpu())
+        for one, saved in zip(self._optimisers,
+                              state['optimisers'],
+                              strict=True):
+            one.restore(saved)
+        vars(self.tally).update(state['tally'])
+        self.batches.restore(state['batches'])
+        self._wanted = True  # if it has finished, a child may still learn
+
     # ------------------------------------------------------------- messages
 
     def ask(self, rows, depth, wait=False):
@@ -225,7 +261,7 @@ class Trainer:
         """One answer is one lesson, and the input of who waits for it."""
         position = self.children.index(answer.sender)
         self._wanted |= answer.version < self.settings.steps
-        self._seen[position] = max(answer.version, self._seen[position])
+        self._seen[position] = answer.version  # less, if it was set back
         rows = self._asked.get(answer.key)
         if rows is None or position in rows.answers:
             return  # too late
@@ -375,7 +411,9 @@ class Trainer:
         gradient = torch.zeros_like(d)
         for rows, part in zip(served, split(gradient, served)):
             if rows.grad:
-                self.tally.grad(self.steps_taken - rows.grad.version)
+                if rows.grad.version >= 0:  # its sender has heard of this one
+                    late = self.steps_taken - rows.grad.version
+                    self.tally.grad(max(0, late))  # this one may be set back
                 part += rows.grad.gradient
         if self.locked or not served:
             return gradient
@@ -418,6 +456,7 @@ class Optimiser:
                  weight_decay,
                  settings,
                  final_div_factor=1e4):
+        self._network = network
         self._adamw = torch.optim.AdamW(network.parameters(),
                                         peak,
                                         weight_decay=weight_decay,
@@ -438,6 +477,17 @@ class Optimiser:
             self._cycle.step()
         self._adamw.zero_grad()
 
+    def state(self):
+        """Of the network it trains too, for `restore`."""
+        parts = self._network, self._adamw, self._cycle
+        return [part.state_dict() for part in parts]
+
+    def restore(self, state):
+        """Goes on from the state of another."""
+        parts = self._network, self._adamw, self._cycle
+        for part, saved in zip(parts, state, strict=True):
+            part.load_state_dict(saved)
+
 
 def split(tensor, blocks):
     """tensor [R, ...] in the parts [B, ...] that belong to each of the Rows."""
@@ -449,3 +499,64 @@ def check_finite(loss, name):
     """Raises FloatingPointError, with its name, for a loss that is none."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f'the {name} is {loss.item()}')
+
+
+def generator_of(device):
+    """What dropout draws from."""
+    if device == 'cpu':
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.device(device).index]
+
+
+# Copied from synchronous_single/trainer.py
+def save(one, folder):
+    """Writes a Trainer's file in `folder`, unless it is ''; whole or not at all.
+
+    A disk that fails costs a checkpoint and a line on stderr, never the run.
+    """
+    if not folder:
+        return
+    path, content = pathlib.Path(folder, one.file), io.BytesIO()
+    staged = path.with_suffix('.new')
+    torch.save(one.state(), content)
+    try:
+        with open(staged, 'wb') as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        with contextlib.suppress(OSError):  # stderr may be on the same disk
+            print(f'warning: no checkpoint of step {one.steps_taken}: {error}',
+                  file=sys.stderr)
+
+
+# Copied from synchronous_single/trainer.py
+def resume(one, folder):
+    """Has a Trainer go on from its file in `folder`; without one it begins.
+
+    Raises:
+        data.DataError: the file is damaged, or of other hyperparameters.
+    """
+    path, here = pathlib.Path(folder, one.file), vars(one.settings)
+    free = {*metrics.BOOKKEEPING, 'device'} - {'seed'}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the sums
+                raise zipfile.BadZipFile
+        state = torch.load(path, one.settings.device, weights_only=True)
+        there = state['hyperparameters']
+        for name in there | here:
+            if name not in free and there.get(name) != here.get(name):
+                raise data.DataError(f'{name} was {there.get(name)}, '
+                                     f'now it is {here.get(name)}')
+        one.restore(state)
+    except FileNotFoundError:
+        print(f'warning: no {path}: from the beginning', file=sys.stderr)
+    except data.DataError as error:
+        raise data.DataError(f'cannot resume from {path}: {error}') from error
+    except Exception as error:  # pylint: disable=broad-except
+        raise data.DataError(f'{path} is damaged or cannot be read '
+                             f'({type(error).__name__})') from error

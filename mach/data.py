@@ -36,7 +36,7 @@ FILES = {
 
 
 class DataError(Exception):
-    """What is wrong with the data or its settings: one line, for the user."""
+    """What is wrong with data, settings, a checkpoint: a line for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +332,24 @@ class Batches:
         rows = rows.to(self._images.device)
         return (normalise(self._images.index_select(0, rows)),
                 self._labels.index_select(0, rows))
+
+    def state(self):
+        """Which batches are to come, for `restore`: tensors and numbers."""
+        labels = self._labels.cpu()[self._indices]
+        return dict(generator=self._generator.get_state(),
+                    queue=self._queue.clone(),
+                    labels=zlib.crc32(labels.numpy()))
+
+    def restore(self, state):
+        """Goes on from the state of another that has the same images.
+
+        Raises:
+          DataError: it had others.
+        """
+        if state['labels'] != self.state()['labels']:
+            raise DataError('the training images are others than before')
+        self._generator.set_state(state['generator'].cpu())
+        self._queue = state['queue'].cpu()
 
 
 # Ways to write each digit. A way is strokes, a stroke a smooth curve through

@@ -29,7 +29,8 @@ DECIMALS |= dict(synthetic_loss=4, rate=1, seconds=1, steps=0, step=0)
 # Hyperparameters that leave the result alone: runs that differ in nothing else
 # are repetitions of one experiment.
 BOOKKEEPING = ('seed', 'data', 'strict_data', 'log_every', 'evaluate_every',
-               'dry_run', 'log_folder', 'patience', 'hosts')
+               'dry_run', 'checkpoint', 'checkpoint_every', 'resume', 'hosts',
+               'patience', 'log_folder')
 # Where `say` writes: files, None for stdout.
 OUTPUTS = [None]
 # A MACH with a nan in one of these has failed: it must not flatter the mean.
@@ -63,8 +64,8 @@ class Tally:
         self._loss = self._synthetic_loss = 0.0
 
     def begin(self):
-        """Starts the clock, anew if it runs."""
-        self._began = time.perf_counter()
+        """Starts the clock, where it stood at the end of the last step."""
+        self._began = time.perf_counter() - self.seconds
 
     def step(self, loss, logits, y):
         """One training step.

@@ -71,6 +71,9 @@ class Hyperparameters:
     device: str = hparam('cpu', 'cpu, or cuda:N (written, never run)')
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
+    checkpoint: str = hparam('', 'folder that keeps MACHs; none if empty')
+    checkpoint_every: int = hparam(500, 'steps from one to the next', 1, 10**9)
+    resume: bool = hparam(False, 'go on from `checkpoint`', 'False', 'True')
     # Graph and messages.
     k: int = hparam(3, 'MACHs; 1 is central, one on all the data', 1, 1000)
     connected: bool = hparam(True, 'or isolated', 'False', 'True')
@@ -89,6 +92,10 @@ class Hyperparameters:
     weight_decay: float = hparam(0.05, 'not of the student', 0, 1e6)
     label_smoothing: float = hparam(0.1, 'regularises', 0, 0.999)
     dropout: float = hparam(0.0, 'of h, to lean on children', 0, 0.999)
+
+    def __post_init__(self):
+        if self.resume and not self.checkpoint:
+            raise ValueError('--resume needs the folder --checkpoint')
 
 
 # Copied from synchronous_single/main.py
@@ -208,6 +215,8 @@ def work(one, settings, events, halt):
         tally.begin()
     try:
         with autocast:
+            if one.steps_taken:  # resumed; who has finished takes no step more
+                events.put(('copy', one.copy()))
             while one.steps_taken < settings.steps and not halt.is_set():
                 one.step()
                 if one.steps_taken % settings.log_every == 0:
@@ -216,6 +225,11 @@ def work(one, settings, events, halt):
                 if (one.steps_taken % every == 0 or
                         one.steps_taken == settings.steps):
                     events.put(('copy', one.copy()))
+                if (one.steps_taken % settings.checkpoint_every == 0 or
+                        one.steps_taken == settings.steps):
+                    trainer.save(one, settings.checkpoint)
+        if one.steps_taken < settings.steps:
+            trainer.save(one, settings.checkpoint)
         events.put(('ended', one.copy()))
     except Exception:  # pylint: disable=broad-except
         reason = (f'training failed in step {one.steps_taken + 1}: '
@@ -340,11 +354,15 @@ def main(words):
         dataset = data.load(settings.data, settings.validation,
                             settings.strict_data)
         trainers = make_trainers(settings, dataset)
-    except data.DataError as error:
+        settings.precision = metrics.choose_precision(settings.precision,
+                                                      settings.device)
+        if settings.checkpoint:
+            pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
+        for one in trainers if settings.resume else ():
+            trainer.resume(one, settings.checkpoint)
+    except (data.DataError, OSError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         return 2
-    settings.precision = metrics.choose_precision(settings.precision,
-                                                  settings.device)
     metrics.say_run(EXPERIMENT, dataset, settings)
     if settings.dry_run:
         return 0

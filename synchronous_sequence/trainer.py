@@ -7,16 +7,22 @@ anybody's parameters change: backpropagation, through the graph unrolled to
 `depth`.
 """
 
+import contextlib
 import copy
 import dataclasses
+import io
 import math
+import os
+import pathlib
+import sys
 import typing
+import zipfile
 
 import student as students
 import torch
 from torch.nn import functional
 
-from mach import metrics
+from mach import data, metrics
 
 
 # Copied from synchronous_single/trainer.py
@@ -48,6 +54,7 @@ class Trainer:
             MACHs share, or one for each MACH's own local dataset.
         settings: the hyperparameters of main.py.
     """
+    file = 'machs.pt'  # of its checkpoint
 
     def __init__(self, machs, student_of, children, batches, settings):
         self.machs, self.student_of, self.children = machs, student_of, children
@@ -94,6 +101,34 @@ class Trainer:
             copies[i] = Copy(copy.copy(tally),
                              *(copy.deepcopy(of) if networks else ()))
         return copies
+
+    def state(self):
+        """All that its next steps depend on; the tensors are its own."""
+        return dict(
+            hyperparameters=dict(vars(self.settings)),
+            steps_taken=self.steps_taken,
+            random=generator_of(self.settings.device).get_state(),
+            optimisers=[one.state() for one in self._optimisers],
+            batches=[one.state() for one in self.batches],
+            tallies=[dict(vars(one)) for one in self.tallies],
+            grads=[[vars(rows) for rows in flying] for flying in self._grads])
+
+    def restore(self, state):
+        """Goes on from the state of another, of the same hyperparameters."""
+        self.steps_taken, device = state['steps_taken'], self.settings.device
+        if state['hyperparameters']['device'] == device:
+            generator_of(device).set_state(state['random'].cpu())
+        for one, saved in zip(self._optimisers,
+                              state['optimisers'],
+                              strict=True):
+            one.restore(saved)
+        for tally, saved in zip(self.tallies, state['tallies'], strict=True):
+            vars(tally).update(saved)
+        for one, saved in zip(self.batches, state['batches'], strict=True):
+            one.restore(saved)
+        self._grads = [
+            [Rows(**saved) for saved in flying] for flying in state['grads']
+        ]
 
     def _learn(self, i, x=None, y=None):
         """Backpropagates the target loss of MACH i, if any, and all Grads due.
@@ -214,6 +249,7 @@ class Optimiser:
     """
 
     def __init__(self, network, peak, weight_decay, settings):
+        self._network = network
         self._adamw = torch.optim.AdamW(network.parameters(),
                                         peak,
                                         weight_decay=weight_decay,
@@ -232,9 +268,81 @@ class Optimiser:
         self._cycle.step()
         self._adamw.zero_grad()
 
+    def state(self):
+        """Of the network it trains too, for `restore`."""
+        parts = self._network, self._adamw, self._cycle
+        return [part.state_dict() for part in parts]
+
+    def restore(self, state):
+        """Goes on from the state of another."""
+        parts = self._network, self._adamw, self._cycle
+        for part, saved in zip(parts, state, strict=True):
+            part.load_state_dict(saved)
+
 
 # Copied from synchronous_single/trainer.py
 def check_finite(loss, name):
     """Raises FloatingPointError, with its name, for a loss that is none."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f'the {name} is {loss.item()}')
+
+
+def generator_of(device):
+    """What dropout draws from."""
+    if device == 'cpu':
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.device(device).index]
+
+
+# Copied from synchronous_single/trainer.py
+def save(one, folder):
+    """Writes a Trainer's file in `folder`, unless it is ''; whole or not at all.
+
+    A disk that fails costs a checkpoint and a line on stderr, never the run.
+    """
+    if not folder:
+        return
+    path, content = pathlib.Path(folder, one.file), io.BytesIO()
+    staged = path.with_suffix('.new')
+    torch.save(one.state(), content)
+    try:
+        with open(staged, 'wb') as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        with contextlib.suppress(OSError):  # stderr may be on the same disk
+            print(f'warning: no checkpoint of step {one.steps_taken}: {error}',
+                  file=sys.stderr)
+
+
+# Copied from synchronous_single/trainer.py
+def resume(one, folder):
+    """Has a Trainer go on from its file in `folder`; without one it begins.
+
+    Raises:
+        data.DataError: the file is damaged, or of other hyperparameters.
+    """
+    path, here = pathlib.Path(folder, one.file), vars(one.settings)
+    free = {*metrics.BOOKKEEPING, 'device'} - {'seed'}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the sums
+                raise zipfile.BadZipFile
+        state = torch.load(path, one.settings.device, weights_only=True)
+        there = state['hyperparameters']
+        for name in there | here:
+            if name not in free and there.get(name) != here.get(name):
+                raise data.DataError(f'{name} was {there.get(name)}, '
+                                     f'now it is {here.get(name)}')
+        one.restore(state)
+    except FileNotFoundError:
+        print(f'warning: no {path}: from the beginning', file=sys.stderr)
+    except data.DataError as error:
+        raise data.DataError(f'cannot resume from {path}: {error}') from error
+    except Exception as error:  # pylint: disable=broad-except
+        raise data.DataError(f'{path} is damaged or cannot be read '
+                             f'({type(error).__name__})') from error

@@ -6,15 +6,21 @@ back into the network below it, which is the teacher. That Grad is applied
 """
 
 import collections
+import contextlib
 import copy
+import io
 import math
+import os
+import pathlib
+import sys
 import typing
+import zipfile
 
 import student as students
 import torch
 from torch.nn import functional
 
-from mach import metrics
+from mach import data, metrics
 
 
 class Copy(typing.NamedTuple):
@@ -33,6 +39,7 @@ class Trainer:
         batches: has `next() -> (x [B, 784], y [B])`.
         settings: the hyperparameters of main.py.
     """
+    file = 'machs.pt'  # of its checkpoint
 
     def __init__(self, mach, student, batches, settings):
         self.mach, self.student = mach, student
@@ -40,11 +47,11 @@ class Trainer:
         self.steps_taken = 0
         self.tallies = [metrics.Tally(0)]
         self._grads = collections.deque()  # (step, x, gradient), oldest first
-        self._optimiser = Optimiser(mach, settings.learning_rate,
-                                    settings.weight_decay, settings)
-        self._student_optimiser = Optimiser(student,
-                                            settings.student_learning_rate, 0.0,
-                                            settings)
+        self._optimisers = [
+            Optimiser(mach, settings.learning_rate, settings.weight_decay,
+                      settings),
+            Optimiser(student, settings.student_learning_rate, 0.0, settings)
+        ]
 
     def step(self):
         """One training step of the teacher and of the student.
@@ -71,8 +78,8 @@ class Trainer:
                                                  embedding.unsqueeze(1))
         check_finite(synthetic_loss, 'synthetic loss')
         synthetic_loss.backward()
-        self._optimiser.step()
-        self._student_optimiser.step()
+        for optimiser in self._optimisers:
+            optimiser.step()
         self.steps_taken += 1
         tally.lesson(synthetic_loss)
         tally.step(loss, logits, y)
@@ -82,6 +89,30 @@ class Trainer:
         of = (self.mach, self.student) if networks else ()
         return {0: Copy(copy.copy(self.tallies[0]), *copy.deepcopy(of))}
 
+    def state(self):
+        """All that its next steps depend on; the tensors are its own."""
+        return dict(hyperparameters=dict(vars(self.settings)),
+                    steps_taken=self.steps_taken,
+                    random=generator_of(self.settings.device).get_state(),
+                    optimisers=[one.state() for one in self._optimisers],
+                    batches=self.batches.state(),
+                    tallies=[dict(vars(one)) for one in self.tallies],
+                    grads=list(self._grads))
+
+    def restore(self, state):
+        """Goes on from the state of another, of the same hyperparameters."""
+        self.steps_taken, device = state['steps_taken'], self.settings.device
+        if state['hyperparameters']['device'] == device:
+            generator_of(device).set_state(state['random'].cpu())
+        for one, saved in zip(self._optimisers,
+                              state['optimisers'],
+                              strict=True):
+            one.restore(saved)
+        for tally, saved in zip(self.tallies, state['tallies'], strict=True):
+            vars(tally).update(saved)
+        self.batches.restore(state['batches'])
+        self._grads.extend(state['grads'])
+
 
 class Optimiser:
     """AdamW with one learning-rate cycle over the run; a step clears the grads.
@@ -90,6 +121,7 @@ class Optimiser:
     """
 
     def __init__(self, network, peak, weight_decay, settings):
+        self._network = network
         self._adamw = torch.optim.AdamW(network.parameters(),
                                         peak,
                                         weight_decay=weight_decay,
@@ -108,8 +140,78 @@ class Optimiser:
         self._cycle.step()
         self._adamw.zero_grad()
 
+    def state(self):
+        """Of the network it trains too, for `restore`."""
+        parts = self._network, self._adamw, self._cycle
+        return [part.state_dict() for part in parts]
+
+    def restore(self, state):
+        """Goes on from the state of another."""
+        parts = self._network, self._adamw, self._cycle
+        for part, saved in zip(parts, state, strict=True):
+            part.load_state_dict(saved)
+
 
 def check_finite(loss, name):
     """Raises FloatingPointError, with its name, for a loss that is none."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f'the {name} is {loss.item()}')
+
+
+def generator_of(device):
+    """What dropout draws from."""
+    if device == 'cpu':
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.device(device).index]
+
+
+def save(one, folder):
+    """Writes a Trainer's file in `folder`, unless it is ''; whole or not at all.
+
+    A disk that fails costs a checkpoint and a line on stderr, never the run.
+    """
+    if not folder:
+        return
+    path, content = pathlib.Path(folder, one.file), io.BytesIO()
+    staged = path.with_suffix('.new')
+    torch.save(one.state(), content)
+    try:
+        with open(staged, 'wb') as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        with contextlib.suppress(OSError):  # stderr may be on the same disk
+            print(f'warning: no checkpoint of step {one.steps_taken}: {error}',
+                  file=sys.stderr)
+
+
+def resume(one, folder):
+    """Has a Trainer go on from its file in `folder`; without one it begins.
+
+    Raises:
+        data.DataError: the file is damaged, or of other hyperparameters.
+    """
+    path, here = pathlib.Path(folder, one.file), vars(one.settings)
+    free = {*metrics.BOOKKEEPING, 'device'} - {'seed'}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the sums
+                raise zipfile.BadZipFile
+        state = torch.load(path, one.settings.device, weights_only=True)
+        there = state['hyperparameters']
+        for name in there | here:
+            if name not in free and there.get(name) != here.get(name):
+                raise data.DataError(f'{name} was {there.get(name)}, '
+                                     f'now it is {here.get(name)}')
+        one.restore(state)
+    except FileNotFoundError:
+        print(f'warning: no {path}: from the beginning', file=sys.stderr)
+    except data.DataError as error:
+        raise data.DataError(f'cannot resume from {path}: {error}') from error
+    except Exception as error:  # pylint: disable=broad-except
+        raise data.DataError(f'{path} is damaged or cannot be read '
+                             f'({type(error).__name__})') from error

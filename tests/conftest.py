@@ -94,6 +94,9 @@ def make_settings(**overrides):
                   precision='fp32',
                   evaluate_every=5,
                   log_every=1000,
+                  checkpoint='',
+                  checkpoint_every=500,
+                  resume=False,
                   slow_mach=-1)
     return types.SimpleNamespace(**{**values, **overrides})
 
@@ -114,6 +117,14 @@ class Batches:
         y = torch.randint(CLASSES, (self._rows,), generator=self._generator)
         self.taken.append((x, y))
         return x, y
+
+    def state(self):
+        """What is drawn next."""
+        return self._generator.get_state()
+
+    def restore(self, state):
+        """Draws that next."""
+        self._generator.set_state(state)
 
 
 class Still:

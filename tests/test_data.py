@@ -459,6 +459,22 @@ def test_batches_are_fresh_memory():
     assert all(map(torch.equal, source.next(), twin.next()))
 
 
+def test_batches_go_on_where_others_were():
+    source, others = batches(seed=1), batches(n=49)
+    for steps in (0, 3, 10):  # in the second epoch
+        for _ in range(steps):
+            source.next()
+        state, twin = source.state(), batches(seed=2)
+        storage = state['queue'].untyped_storage()
+        assert storage.nbytes() == state['queue'].nbytes  # no more is saved
+        expected = [source.next() for _ in range(20)]
+        twin.restore(state)
+        for batch in expected:
+            assert all(map(torch.equal, batch, twin.next()))
+    with pytest.raises(data.DataError, match='images are others'):
+        others.restore(state)
+
+
 @pytest.mark.parametrize('n, size', [(5, 0), (5, 6), (0, 8)])
 def test_bad_batches(n, size):
     with pytest.raises(data.DataError, match=f'a shard of {n} images'):

@@ -46,7 +46,10 @@ def test_tally_counts(monkeypatch):
     assert [report[key] for key in ('step', 'staleness', 'rate')
            ] == [3, 2.5, 0.75]
     tally.grad(9)
+    tally.begin()  # resumed: it goes on from the last step, at 4 s
+    now[0] += 3
     tally.step(8.0, logits, y)
+    assert tally.seconds == 7.0
     assert tally.report()['loss'] == 8.0
     assert tally.report()['staleness'] == pytest.approx(14 / 3)
     totals = before.totals()  # a snapshot, untouched by what came after

@@ -646,7 +646,7 @@ def test_a_locked_parent_goes_on_at_the_deadline(folder, answering, still):
     for child in (0, 1):
         grad, = sinks[child].take('Grad')
         assert_close(grad.gradient, sent[:, child])
-        assert grad.version == (2 if child in answering else 0)
+        assert grad.version == (2 if child in answering else -1)
 
 
 @asynchronous
@@ -1020,31 +1020,59 @@ def test_staleness_is_counted_in_steps_of_the_receiver(folder):
         return child.tally.staleness, child.tally.staleness_max
 
     assert math.isnan(late()[0])  # no Grad has come
-    parent.step()  # nothing seen of the child: it is at 0
-    child.step()  # at 0, applies it: 0 late; answers at 0
-    assert late() == (0, 0)
-    child.step()  # at 1, applies it again: 1 late
-    child.step()  # and again: 2 late
-    assert late() == (3 / 3, 2)
+    parent.step()  # has not heard of the child: nobody knows how late it is
+    child.step()  # at 0, applies it; answers at 0
+    child.step()  # at 1, applies it again
+    child.step()  # and again
+    assert math.isnan(late()[0]) and late()[1] == 0
     parent.step()  # has seen 0
     child.step()  # at 3: 3 late; answers at 3
-    assert late() == (6 / 4, 3)
+    assert late() == (3 / 1, 3)
     parent.step()  # has seen 3
     parent.step()  # the same: the child has not answered yet
     child.serve(0.0)  # at 4: answers; Grads are kept for the next steps
-    assert late() == (6 / 4, 3)
+    assert late() == (3 / 1, 3)
     child.step()  # at 4: the newest, 1 late
-    assert late() == (7 / 5, 3)
+    assert late() == (4 / 2, 3)
     child.step()  # at 5: the other, 2 late
-    assert late() == (9 / 6, 3)
+    assert late() == (6 / 3, 3)
     parent.step()  # has seen 4
     child.step()  # at 6: 2 late
-    assert late() == (11 / 7, 3)
+    assert late() == (8 / 4, 3)
+    parent.step()  # has seen 6
+    child.steps_taken = 2  # set back: the Grad is from its future
+    child.step()
+    assert late() == (8 / 5, 3)
+
+
+@asynchronous
+def test_a_child_that_was_set_back_is_taught_again(folder):
+    trainer, sinks = make_lone(folder, steps=9)
+    versions = []
+    for version in (None, 9, 4):
+        if version:
+            key = sinks[0].take('Spike')[-1].key
+            trainer.tell('Answer', key, 0, random_d(1), version)
+            trainer.serve(0.0)
+        trainer.step()
+        versions.append([grad.version for grad in sinks[0].take('Grad')])
+    assert versions == [[-1], [], [4]]
+
+
+@asynchronous
+def test_no_key_of_an_earlier_life_comes_again(folder):
+    keys = []
+    for _ in range(3):
+        trainer, sinks = make_lone(folder)
+        for _ in range(20):
+            trainer.step()
+        keys += [spike.key for spike in sinks[0].take('Spike')]
+    assert len({*keys}) == len(keys) == 60
 
 
 @asynchronous
 @pytest.mark.parametrize('size', [1e-3, 1, 1000, 1e15])
-@pytest.mark.parametrize('version', [0, 2])
+@pytest.mark.parametrize('version', [-1, 0, 2])
 def test_a_grad_says_which_way_and_not_how_far(folder, size, version, still):
     """It weighs so many times the own gradient, large or small, late or not."""
     x, found = random_x(1, 3), []
@@ -1057,7 +1085,8 @@ def test_a_grad_says_which_way_and_not_how_far(folder, size, version, still):
                 trainer.tell('Grad', (9, 1), 9, x, size * pull, version, 0)
             trainer.step()
         found.append(grads(trainer.mach))
-        assert trainer.tally.staleness_max == (2 - version) * told
+        late = [0, 2 - version][told and version >= 0]
+        assert trainer.tally.staleness_max == late
     pull = weighed(trainer, *trainer.batches.taken[2], pull)
     _, expected, _ = alone(trainer.mach, x, trainer.student(x), pull=pull)
     assert_close(found[0] - found[1], expected)
@@ -1081,7 +1110,7 @@ def test_a_flood_of_grads_weighs_no_more_than_one(folder, still):
 def test_each_step_takes_one_grad_the_newest_and_then_old_ones(folder):
     """So floods are spread and droughts are bridged; Spikes are taken once."""
     trainer, sinks = make_lone(folder, recent=3)
-    used = []
+    trainer.steps_taken, used = 10, []  # no version is of the future
     trainer.tally.grad = lambda staleness: used.append(
         trainer.steps_taken - staleness)  # tells one from another
 
@@ -1168,7 +1197,7 @@ def test_lessons(folder, still):
 
     tell(first, 1, 7)
     learn((first, 1))
-    assert trainer._seen == [0, 7]
+    assert trainer._seen == [-1, 7]
     tell(first, 0, 5)
     tell(second, 0, 6)
     tell(second, 1, 8)
@@ -1180,7 +1209,7 @@ def test_lessons(folder, still):
     trainer.serve(0.0)
     tell(third, 0, 3)
     learn((third, 0), (second, 1))
-    assert trainer._seen == [6, 8], 'no step back'
+    assert trainer._seen == [3, 8], 'set back'
 
 
 @asynchronous
@@ -1305,6 +1334,25 @@ def test_a_finished_mach_teaches_a_child_that_learns(folder):
     trainer.tell('Answer', spike.key, 0, random_d(1), 2)
     trainer.serve(0.0)
     assert not sinks[0].take('Grad') and not sinks[0].take('Spike'), 'all over'
+
+
+@asynchronous
+def test_a_finished_mach_teaches_in_its_second_life(folder):
+    """It asks, as all messages of the first may be lost."""
+    first, _ = make_lone(folder, steps=2)
+    first.step()
+    first.step()
+    trainer, sinks = make_lone(folder, steps=2)
+    trainer.restore(first.state())
+    before = snapshot(trainer.mach)
+    for version in (1, 1, 2):  # of the child's two steps
+        trainer.serve(0.0)
+        spike = sinks[0].take('Spike')[-1]
+        assert len(sinks[0].take('Grad')) == 1
+        trainer.tell('Answer', spike.key, 0, random_d(1), version)
+    trainer.serve(0.0)
+    assert not sinks[0].messages, 'all over'
+    assert torch.equal(snapshot(trainer.mach), before)
 
 
 @asynchronous
