@@ -40,6 +40,7 @@ import tqdm
 
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
 from mach import data, metrics
+import checkpoint
 import link
 import model
 import processes
@@ -302,11 +303,11 @@ def work(mach, settings, events, halt):
                     events.put(('copy', mach.copy()))
                 if (mach.steps_taken % settings.checkpoint_every == 0 or
                         mach.steps_taken == settings.steps):
-                    trainer.save(mach, settings.checkpoint)
+                    checkpoint.save(mach, settings.checkpoint)
             while not halt.is_set():
                 mach.serve(0.05)
             mach.serve(0)
-        trainer.save(mach, settings.checkpoint)  # its student has learnt on
+        checkpoint.save(mach, settings.checkpoint)  # its student has learnt on
         events.put(('ended', mach.copy()))
     except Exception:  # pylint: disable=broad-except
         reason = (f'mach {mach.index} failed in step {mach.steps_taken + 1}: '
@@ -443,7 +444,7 @@ def main(words):
             pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
             settings.resume |= node.restarted
         for one in trainers if settings.resume else ():
-            trainer.resume(one, settings.checkpoint)
+            checkpoint.resume(one, settings.checkpoint)
         metrics.OUTPUTS[:] = node.open()
     except (data.DataError, OSError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
@@ -455,7 +456,6 @@ def main(words):
     for number in signal.SIGINT, signal.SIGTERM:  # there are results to save
         signal.signal(number, node.interrupt)
     copies, failed = train(trainers, settings, dataset, node)
-    status = 128 + node.signal if node.signal else int(bool(failed))
     torch.set_num_threads(CORES)
     if metrics.OUTPUTS:
         metrics.say_finals(EXPERIMENT, dataset, settings, [
@@ -463,7 +463,7 @@ def main(words):
                 copies, settings, dataset.test_images, dataset.test_labels)
         ])
     node.leave()
-    return status
+    return 128 + node.signal if node.signal else int(bool(failed))
 
 
 if __name__ == '__main__':

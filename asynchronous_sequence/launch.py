@@ -19,24 +19,25 @@ def supervise():
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return
     restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+    numbers = signal.SIGINT, signal.SIGTERM
     for attempt in range(restarts + 1):
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # none is missed
         child = os.fork()
-        if not child:
-            for number in signal.SIGINT, signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-            with contextlib.suppress(AttributeError):  # Linux: ends with it
-                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-            os.environ['MACH_ATTEMPT'] = str(attempt)
-            return
 
         def pass_on(number, _, child=child):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
 
-        for number in signal.SIGINT, signal.SIGTERM:
-            signal.signal(number, pass_on)
+        for number in numbers:
+            signal.signal(number, pass_on if child else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        if not child:
+            with contextlib.suppress(AttributeError):  # Linux: ends with it
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+            os.environ['MACH_ATTEMPT'] = str(attempt)
+            return
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if -status in (signal.SIGINT, signal.SIGTERM):  # it was still importing
+        if -status in numbers:  # it was still importing
             status = 128 - status
         if status >= 0:
             os._exit(status)

@@ -142,12 +142,12 @@ class Peer(threading.Thread):
         self.begun = self.ended = False
         self.seen = {}  # of the state of this process, what has been sent
         self._node, self._wake = node, threading.Condition()
-        self._open, self._mail = False, collections.deque()  # (Link, message)
+        self.connected, self._mail = False, collections.deque()  # (Link, message)
 
     def send(self, way, message):
         """Unconnected it is lost; where too many wait the oldest is dropped."""
         with self._wake:
-            if not self._open:
+            if not self.connected:
                 way.lost += 1
                 return
             if len(self._mail) >= self.limit:
@@ -160,12 +160,12 @@ class Peer(threading.Thread):
         while True:
             try:
                 with self._node.connect(self.rank) as wire:
-                    self._open = True
+                    self.connected = True
                     self._carry(wire)
             except FAULTS:
                 pass
             with self._wake:
-                self._open = False
+                self.connected = False
                 while self._mail:
                     self._mail.popleft()[0].lost += 1
             time.sleep(0.2)

@@ -36,6 +36,7 @@ import tqdm
 
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
 from mach import data, metrics
+import checkpoint
 import model
 import student
 import trainer
@@ -227,9 +228,9 @@ def work(one, settings, events, halt):
                     events.put(('copy', one.copy()))
                 if (one.steps_taken % settings.checkpoint_every == 0 or
                         one.steps_taken == settings.steps):
-                    trainer.save(one, settings.checkpoint)
+                    checkpoint.save(one, settings.checkpoint)
         if one.steps_taken < settings.steps:
-            trainer.save(one, settings.checkpoint)
+            checkpoint.save(one, settings.checkpoint)
         events.put(('ended', one.copy()))
     except Exception:  # pylint: disable=broad-except
         reason = (f'training failed in step {one.steps_taken + 1}: '
@@ -359,7 +360,7 @@ def main(words):
         if settings.checkpoint:
             pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
         for one in trainers if settings.resume else ():
-            trainer.resume(one, settings.checkpoint)
+            checkpoint.resume(one, settings.checkpoint)
     except (data.DataError, OSError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         return 2

@@ -6,21 +6,15 @@ back into the network below it, which is the teacher. That Grad is applied
 """
 
 import collections
-import contextlib
 import copy
-import io
 import math
-import os
-import pathlib
-import sys
 import typing
-import zipfile
 
 import student as students
 import torch
 from torch.nn import functional
 
-from mach import data, metrics
+from mach import metrics
 
 
 class Copy(typing.NamedTuple):
@@ -91,9 +85,7 @@ class Trainer:
 
     def state(self):
         """All that its next steps depend on; the tensors are its own."""
-        return dict(hyperparameters=dict(vars(self.settings)),
-                    steps_taken=self.steps_taken,
-                    random=generator_of(self.settings.device).get_state(),
+        return dict(steps_taken=self.steps_taken,
                     optimisers=[one.state() for one in self._optimisers],
                     batches=self.batches.state(),
                     tallies=[dict(vars(one)) for one in self.tallies],
@@ -101,9 +93,7 @@ class Trainer:
 
     def restore(self, state):
         """Goes on from the state of another, of the same hyperparameters."""
-        self.steps_taken, device = state['steps_taken'], self.settings.device
-        if state['hyperparameters']['device'] == device:
-            generator_of(device).set_state(state['random'].cpu())
+        self.steps_taken = state['steps_taken']
         for one, saved in zip(self._optimisers,
                               state['optimisers'],
                               strict=True):
@@ -156,62 +146,3 @@ def check_finite(loss, name):
     """Raises FloatingPointError, with its name, for a loss that is none."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f'the {name} is {loss.item()}')
-
-
-def generator_of(device):
-    """What dropout draws from."""
-    if device == 'cpu':
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.device(device).index]
-
-
-def save(one, folder):
-    """Writes a Trainer's file in `folder`, unless it is ''; whole or not at all.
-
-    A disk that fails costs a checkpoint and a line on stderr, never the run.
-    """
-    if not folder:
-        return
-    path, content = pathlib.Path(folder, one.file), io.BytesIO()
-    staged = path.with_suffix('.new')
-    torch.save(one.state(), content)
-    try:
-        with open(staged, 'wb') as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        with contextlib.suppress(OSError):  # stderr may be on the same disk
-            print(f'warning: no checkpoint of step {one.steps_taken}: {error}',
-                  file=sys.stderr)
-
-
-def resume(one, folder):
-    """Has a Trainer go on from its file in `folder`; without one it begins.
-
-    Raises:
-        data.DataError: the file is damaged, or of other hyperparameters.
-    """
-    path, here = pathlib.Path(folder, one.file), vars(one.settings)
-    free = {*metrics.BOOKKEEPING, 'device'} - {'seed'}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the sums
-                raise zipfile.BadZipFile
-        state = torch.load(path, one.settings.device, weights_only=True)
-        there = state['hyperparameters']
-        for name in there | here:
-            if name not in free and there.get(name) != here.get(name):
-                raise data.DataError(f'{name} was {there.get(name)}, '
-                                     f'now it is {here.get(name)}')
-        one.restore(state)
-    except FileNotFoundError:
-        print(f'warning: no {path}: from the beginning', file=sys.stderr)
-    except data.DataError as error:
-        raise data.DataError(f'cannot resume from {path}: {error}') from error
-    except Exception as error:  # pylint: disable=broad-except
-        raise data.DataError(f'{path} is damaged or cannot be read '
-                             f'({type(error).__name__})') from error

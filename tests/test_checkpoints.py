@@ -38,7 +38,7 @@ def take_steps(run, steps):
 def for_all(run, experiment, name):
     """Calls save or resume for all its trainers; gives the run back."""
     for one in run.trainers:
-        getattr(conftest.load(experiment).trainer,
+        getattr(conftest.load(experiment).checkpoint,
                 name)(one, one.settings.checkpoint)
     return run
 
@@ -143,7 +143,7 @@ def test_a_write_that_fails_leaves_the_old_file(experiment, tmp_path,
     assert set(before) == names
     take_steps(run, 1)
     with monkeypatch.context() as patch:
-        owner = conftest.load(experiment).trainer
+        owner = conftest.load(experiment).checkpoint
         owner = owner if where == 'open' else owner.os
         patch.setattr(owner, where, no_space, raising=False)
         for_all(run, experiment, 'save')
@@ -188,7 +188,7 @@ def test_damaged_files_are_refused_in_one_line(run_here, tmp_path, experiment):
     content, state = path.read_bytes(), torch.load(path)
     half = len(content) // 2  # in the midst of some tensor's numbers
     flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1:]
-    state['optimisers'][0][0]['head.bias'] = torch.zeros(3)
+    state['trainer']['optimisers'][0][0]['head.bias'] = torch.zeros(3)
     for spoilt in (b'', content[:half], flipped, [1, 2], state, Evil(evil)):
         if isinstance(spoilt, bytes):
             path.write_bytes(spoilt)
@@ -209,7 +209,7 @@ def test_other_hyperparameters_are_refused_by_name(run_here, tmp_path,
     words = words_of(tmp_path, '--steps=2')
     assert run_here(experiment, *words)[0] == 0
     words.append('--resume=True')
-    others = 'seed=1 steps=3 batch_size=17 precision=bf16 delay=3 share=0.5'
+    others = 'seed=1 steps=3 batch_size=17 delay=3 share=0.5'
     for name, value in re.findall(r'(\w+)=(\S+)', others):
         if name in test_main.hyperparameters(experiment):
             test_main.check_refused(run_here, experiment,

@@ -210,8 +210,10 @@ def test_layout():
         *EXPERIMENTS, 'mach', 'tests', 'README.md', 'requirements.txt'
     }
     for name in EXPERIMENTS:
-        files = {'README.md', 'main.py', 'model.py', 'student.py', 'trainer.py'}
-        files |= {'link.py'} if name in conftest.ASYNCHRONOUS else set()
+        files = {'README.md', 'checkpoint.py', 'main.py', 'model.py'}
+        files |= {'student.py', 'trainer.py'}
+        if name in conftest.ASYNCHRONOUS:
+            files |= {'launch.py', 'link.py', 'processes.py'}
         assert {'/'.join(p[1:]) for p in listed if p[0] == name} == files
         assert all((ROOT / name / file).stat().st_size for file in files)
 

@@ -259,6 +259,8 @@ def test_run_and_hyperparameters_are_logged(log, experiment):
     given = dict(GIVEN, data=log.hparams['data'], checkpoint='-')
     if experiment in SEVERAL:
         given |= dict(k=K, grad_weight=1.0)
+    if experiment in ASYNCHRONOUS:
+        given |= dict(hosts='-', log_folder='-')
     assert list(log.hparams) == list(fields)
     assert log.hparams == {n: f.default for n, f in fields.items()} | given
 
@@ -641,7 +643,8 @@ BAD_VALUES = dict(line.strip().split(maxsplit=1) for line in """
     label_smoothing 1.5; grad_weight -1; delay -1; deadline 0; mailbox 0;
     share 0 1.1; recent 0; latency -1; jitter nan; loss_rate 1.1;
     slow_mach -2; slow_factor 0.5; neighbours -1; checkpoint_every 0 1.5;
-    resume yes""".split(';'))
+    resume yes; patience -1; wire_precision fp8""".split(';'))
+FREE = 'data', 'device', 'checkpoint', 'hosts', 'log_folder'
 REFUSED = [  # otherwise; and what the one line says
     ('--lerning_rate 1', 'unknown: --lerning_rate; the closest is --learning_'),
     ('--lerning-rate=1', 'the closest is --learning_rate'),
@@ -657,6 +660,7 @@ REFUSED = [  # otherwise; and what the one line says
     ('--neighbours 3 --k 3', '--neighbours'),
     ('--slow_mach 3 --k 3', '--slow_mach'),
     ('--resume True', '--resume needs the folder --checkpoint'),
+    ('--hosts a,b', '--hosts needs a secret'),
     ('--batch_size 1001', 'batch_size 1001'),
     ('--k 2 --shards disjoint --batch_size 501', 'batch_size 501'),
     ('--shards disjoint --k 101', '101 disjoint shards'),
@@ -676,7 +680,7 @@ def check_refused(run_here, experiment, words, *messages):
 def test_every_hyperparameter_has_its_limits(run_here, experiment):
     for name, field in hyperparameters(experiment).items():
         flag = name if name in BAD_VALUES else name.replace('_', '-')
-        assert flag in BAD_VALUES or name in ('data', 'device', 'checkpoint')
+        assert flag in BAD_VALUES or name in FREE
         for value in BAD_VALUES.get(flag, '').split():
             for words in ([f'--{flag}', value], [f'--{flag}={value}']):
                 check_refused(run_here, experiment, words, f'--{name}',
