@@ -445,6 +445,8 @@ def main(words):
             settings.resume |= node.restarted
         for one in trainers if settings.resume else ():
             checkpoint.resume(one, settings.checkpoint)
+        for number in signal.SIGINT, signal.SIGTERM:  # from here on there are
+            signal.signal(number, node.interrupt)  # results to save
         metrics.OUTPUTS[:] = node.open()
     except (data.DataError, OSError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
@@ -453,8 +455,6 @@ def main(words):
         metrics.say_run(EXPERIMENT, dataset, settings)
     if settings.dry_run:
         return 0
-    for number in signal.SIGINT, signal.SIGTERM:  # there are results to save
-        signal.signal(number, node.interrupt)
     copies, failed = train(trainers, settings, dataset, node)
     torch.set_num_threads(CORES)
     if metrics.OUTPUTS:

@@ -142,8 +142,10 @@ class Peer(threading.Thread):
         self.rank, self.wire, self.limit = rank, None, 0
         self.begun = self.ended = False
         self.seen = {}  # of the state of this process, what has been sent
+        self.lines = collections.deque(maxlen=10**4)  # frames, of the log
         self._node, self._wake = node, threading.Condition()
-        self.connected, self._mail = False, collections.deque()  # (Link, message)
+        self.connected, self._mail = False, collections.deque(
+        )  # (Link, message)
 
     def send(self, way, message):
         """Unconnected it is lost; where too many wait the oldest is dropped."""
@@ -182,6 +184,9 @@ class Peer(threading.Thread):
                 if self.seen.get(mach) is not frame:
                     wire.send_bytes(frame)
                     self.seen[mach] = frame
+            while self.lines:
+                wire.send_bytes(self.lines[0])
+                self.lines.popleft()
             with self._wake:
                 if not self._mail:
                     self._wake.wait(PERIOD / 10)
@@ -258,7 +263,6 @@ class Node:
                     self._ways[one.index, here.index] = one.links[here.index]
                     peer = self._peers[one.index % self._size]
                     here.links[one.index] = Link(peer, one.index, limit)
-        self._log = self.rank and Link(self._peers[0], -1, limit)
         return self._own
 
     def open(self):
@@ -309,7 +313,8 @@ class Node:
         kind, content = event
         if kind == 'step':
             for fields in content if self.rank else ():
-                self._log.send(self._news(kind, fields['mach'], fields))
+                news = self._news(kind, fields['mach'], fields)
+                self._peers[0].lines.append(self.pack(-1, news))
         else:
             copies = content[0] if kind == 'failed' else content
             for i, (tally, *networks) in copies.items():
@@ -330,7 +335,8 @@ class Node:
         """Waits until all is told and process 0 has written its log."""
         end = time.monotonic() + SILENCE
         while time.monotonic() < end and any(
-                peer.wire and (rank == 0 or peer.seen != self.state)
+                peer.wire and
+            (rank == 0 or peer.lines or peer.seen != self.state)
                 for rank, peer in self._peers.items()):
             time.sleep(0.02)
         if self.refused:

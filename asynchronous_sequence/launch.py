@@ -18,6 +18,8 @@ def supervise():
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        os._exit(1)  # one has ended with a failure: no reason to start all anew
     restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
     numbers = signal.SIGINT, signal.SIGTERM
     for attempt in range(restarts + 1):

@@ -464,8 +464,9 @@ def test_a_run_in_processes(tmp_path, experiment):
 @pytest.mark.parametrize('restarts', [0, 1])
 def test_a_process_is_killed(tmp_path, restarts):
     words = f'--checkpoint={tmp_path / "machs"}', '--checkpoint_every=5'
-    with torchrun(tmp_path, '--steps=600', *words, restarts=restarts) as run:
-        assert wait_until(lambda: 'step  100' in run.said('stdout'))
+    words += '--steps=300', '--slow_mach=2', '--slow_factor=8'
+    with torchrun(tmp_path, *words, restarts=restarts) as run:
+        assert wait_until(lambda: 'step  100  mach 1' in run.said('stdout'))
         os.kill(run.find(1)[-1], signal.SIGKILL)
         code, out, err = run.end()
         assert not run.find()
@@ -477,10 +478,10 @@ def test_a_process_is_killed(tmp_path, restarts):
     ends = [f['steps'] for f in log.finals]
     if restarts:
         assert 'process 1 is here' in err and '--max' not in err
-        assert code == 0 and not lost and ends == [600] * 4
+        assert code == 0 and not lost and ends == [300] * 4
     else:
         assert code == 1 and lost == [1, 'mean']
-        assert ends[0] == ends[2] == 600 and 90 <= ends[1] < 600
+        assert ends[0] == ends[2] == 300 and 50 <= ends[1] < 300
 
 
 @needs_proc
