@@ -28,8 +28,7 @@ import torch
 import trainer
 from torch.nn import utils
 
-from mach import data
-from mach import metrics
+from mach import data, metrics
 
 SILENCE = 8  # seconds without a word, after which a process counts as gone
 PERIOD = 0.5  # seconds from one sign of life to the next
@@ -79,7 +78,7 @@ def pack(receiver, message, precision):
     return b''.join([struct.pack('<I', len(head)), head.encode(), *parts])
 
 
-def unpack(frame):
+def unpack(frame, device='cpu'):
     """(receiver, message) of a frame; ValueError if it is none."""
     try:
         start = 4 + int.from_bytes(frame[:4], 'little')
@@ -88,8 +87,8 @@ def unpack(frame):
             end = start + math.prod(shape) * DTYPES[dtype].itemsize
             part = bytearray(frame[start:end])
             value = torch.frombuffer(part, dtype=DTYPES[dtype]).view(shape)
-            fields[name] = (data.normalise(value)
-                            if dtype == 'uint8' else value.float())
+            value = data.normalise(value) if dtype == 'uint8' else value.float()
+            fields[name] = value.to(device)
             start = end
         if start != len(frame):
             raise ValueError(f'{len(frame)} bytes in place of {start}')
@@ -144,8 +143,8 @@ class Peer(threading.Thread):
         self.seen = {}  # of the state of this process, what has been sent
         self.lines = collections.deque(maxlen=10**4)  # frames, of the log
         self._node, self._wake = node, threading.Condition()
-        self.connected, self._mail = False, collections.deque(
-        )  # (Link, message)
+        self.connected = False
+        self._mail = collections.deque()  # (Link, message)
 
     def send(self, way, message):
         """Unconnected it is lost; where too many wait the oldest is dropped."""
@@ -390,7 +389,8 @@ class Node:
             finally:
                 self._strangers.release()
             while True:
-                receiver, message = unpack(wire.recv_bytes(LONGEST))
+                frame = wire.recv_bytes(LONGEST)
+                receiver, message = unpack(frame, self._settings.device)
                 sender = message.mach if receiver < 0 else message.sender
                 peer = self._peers[sender % self._size]
                 self._deliver(peer, receiver, message)

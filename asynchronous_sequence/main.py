@@ -333,7 +333,8 @@ def train(trainers, settings, dataset, node):
     failed, ended, there, slowest, deadline = set(), set(), None, 0, math.inf
     bar = tqdm.tqdm(total=settings.steps * len(trainers),
                     disable=node.rank > 0 or None)
-    while there != ended and time.monotonic() < deadline:
+    while (there != ended or
+           not node.events.empty()) and time.monotonic() < deadline:
         bar.update(sum(one.steps_taken for one in trainers) - bar.n)
         if node.signal or slowest == settings.steps:
             halt.set()
@@ -357,7 +358,8 @@ def train(trainers, settings, dataset, node):
         there = {i for i in copies if i in ended or node.hears(i)} - failed
         before, slowest = slowest, max(
             min([copies[i].tally.steps for i in there] or [0]), slowest)
-        if slowest > before and settings.evaluate_every and not node.signal:
+        if (slowest > before and settings.evaluate_every and metrics.OUTPUTS and
+                not node.signal):
             mean = metrics.mean(
                 evaluate(copies, settings, dataset.validation_images,
                          dataset.validation_labels))
@@ -367,10 +369,9 @@ def train(trainers, settings, dataset, node):
     for thread in threads:
         thread.join(0.1)
     bar.close()
-    gone = set(copies) - failed - there
-    return copies | {
-        i: node.heard.get(i, copies[i]._replace(mach=None)) for i in gone
-    }, failed | gone
+    for i in set(copies) - there - failed:  # gone: its last counts alone
+        copies[i] = node.heard.get(i, trainer.Copy(metrics.Tally(i)))
+    return copies, set(copies) - there
 
 
 # ----------------------------------------------------------------- evaluation
