@@ -217,13 +217,13 @@ class Node:
     def __init__(self, settings, dataset):
         get, self._settings = os.environ.get, settings
         self.rank, self._size = int(get('RANK', 0)), int(get('WORLD_SIZE', 1))
-        self._local = int(get('LOCAL_RANK', self.rank))
         self.restarted = int(get('MACH_ATTEMPT', 0)) > 0
         hosts, secret = settings.hosts.split(','), get('MACH_KEY', '')
         if not 0 <= self.rank < self._size <= settings.k:
             raise data.DataError(f'{self._size} processes need as many MACHs: '
                                  f'--k {self._size}')
-        if not settings.hosts and self._local != self.rank:
+        if not settings.hosts and int(get('LOCAL_RANK',
+                                          self.rank)) != self.rank:
             raise data.DataError('processes on several hosts need --hosts')
         if settings.hosts and not secret:
             raise data.DataError('--hosts needs a secret that all processes '
@@ -264,10 +264,7 @@ class Node:
         return self._own
 
     def open(self):
-        """Listens and talks from now on, bound to one core.
-
-        To the operating system each worker of torchrun is a session, and it may
-        give one session a core for seconds.
+        """Listens and talks from now on.
 
         Returns:
             The places where the log goes: files; None is stdout.
@@ -282,8 +279,6 @@ class Node:
                      'a' if self.restarted else 'w',
                      encoding='utf-8'))
         if self._peers:
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[self._local % len(cores)]})
             server = socket.create_server(self._addresses[self.rank],
                                           backlog=128)
             threading.Thread(target=self._accept, args=(server,),

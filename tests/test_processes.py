@@ -75,9 +75,7 @@ def fixture_nodes(monkeypatch, dataset):
         node.trainer = None
         if adopt:
             node.trainer, = node.adopt(main.make_trainers(settings, dataset))
-        affinity = os.sched_getaffinity(0)
         node.open()
-        os.sched_setaffinity(0, affinity)
         if begin:
             node.begin()
         return node
