@@ -89,37 +89,37 @@ class Run(contextlib.ExitStack):
         most: MB at most, of those that train and of those torchrun watches.
     """
 
-    def __init__(self, words='', count=K, launcher=''):
+    def __init__(self, words='', count=K, torchrun=''):
         super().__init__()
         self.folder, self.port = tempfile.mkdtemp(dir=OPTIONS.keep), free_port()
         self._words = ['--data', OPTIONS.data, '--seed', OPTIONS.seed]
         self._words += ['--steps', OPTIONS.steps, '--log_every', 10]
         self._words += ['--log_folder', self.folder, *words.split()]
-        self.started, self.most = [], (0.0, 0.0)
+        self._files = [
+            self.enter_context(open(f'{self.folder}/{name}', 'ab'))
+            for name in ('stdout', 'stderr')
+        ]
+        self.started = []
         self.callback(self._kill)
         if count is not None:
-            torchrun = (f'-m torch.distributed.run --nproc-per-node {count} '
-                        f'--master-port {self.port} {launcher}')
-            self._start(torchrun if count else '')
+            launcher = (f'-m torch.distributed.run --nproc-per-node {count} '
+                        f'--master-port {self.port} {torchrun}')
+            self._start(launcher=launcher if count else '')
 
-    def _start(self, before, prefix='', **environment):
-        command = [*prefix.split(), sys.executable, *before.split(), MAIN]
-        environment = os.environ | environment | dict(MARK=self.folder)
-        with open(f'{self.folder}/stdout',
-                  'ab') as out, open(f'{self.folder}/stderr', 'ab') as errors:
-            self.started.append(
-                subprocess.Popen(list(map(str, command + self._words)),
-                                 stdout=out,
-                                 stderr=errors,
-                                 env=environment,
-                                 start_new_session=True))
+    def _start(self, before='', launcher=''):
+        command = [*before.split(), sys.executable, *launcher.split(), MAIN]
+        self.started.append(
+            subprocess.Popen(list(map(str, command + self._words)),
+                             stdout=self._files[0],
+                             stderr=self._files[1],
+                             env=os.environ | dict(MARK=self.folder),
+                             start_new_session=True))
 
-    def start(self, rank, prefix='', **environment):
+    def start(self, rank, before=''):
         """Starts one process as torchrun would, but without it."""
-        words = (f'RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={K} '
-                 f'MASTER_PORT={self.port} OMP_NUM_THREADS=1')
-        environment |= dict(word.split('=') for word in words.split())
-        self._start('', prefix, **environment)
+        self._start(f'{before} env RANK={rank} LOCAL_RANK={rank} '
+                    f'WORLD_SIZE={K} MASTER_PORT={self.port} '
+                    'OMP_NUM_THREADS=1 MACH_KEY=secret')
 
     def _kill(self):
         for number in self.living():
@@ -130,41 +130,36 @@ class Run(contextlib.ExitStack):
 
     def living(self):
         """The id of each of its processes -> the words of its environment."""
-        found = {
-            int(folder.name): read(folder / 'environ').split('\0')
-            for folder in pathlib.Path('/proc').glob('[0-9]*')
-        }
-        mark = f'MARK={self.folder}'
-        return {
-            number: words for number, words in found.items() if mark in words
-        }
+        found = {}
+        for folder in pathlib.Path('/proc').glob('[0-9]*'):
+            words = read(folder / 'environ').split('\0')
+            if f'MARK={self.folder}' in words:
+                found[int(folder.name)] = words
+        return found
 
     def find(self):
-        """Rank -> id of the process that trains; torchrun watches its parent."""
-        return {
-            int(word[5:]): number for number, words in self.living().items()
-            for word in words
-            if word.startswith('RANK=') and
-            status(number, 'PPid') not in [one.pid for one in self.started]
-        }
+        """Rank -> id of what trains; torchrun watches the parent of that."""
+        found, parents = {}, [one.pid for one in self.started]
+        for number, words in self.living().items():
+            rank = [word[5:] for word in words if word.startswith('RANK=')]
+            if rank and status(number, 'PPid') not in parents:
+                found[int(rank[0])] = number
+        return found
 
-    def log(self, name='process0.txt'):
-        """What it has written so far: a process's log, 'stdout' or 'stderr'."""
+    def log(self, name=0):
+        """What it has written so far: log of a process, 'stdout', 'stderr'."""
+        name = name if isinstance(name, str) else f'process{name}.txt'
         return read(f'{self.folder}/{name}')
 
-    def finals(self, name='process0.txt'):
+    def finals(self, name=0):
         """MACH -> fields of its final line in a log."""
-        log = metrics.parse_log(self.log(name), name)
+        log = metrics.parse_log(self.log(name), f'{name}')
         return {one['mach']: one for one in log.finals if one != log.mean}
 
-    def gone(self, ranks):
-        """The MACHs whose final accuracy is nan, as each process says."""
-        return [[
-            i
-            for i, final in self.finals(f'process{rank}.txt').items()
-            if math.isnan(final['real'] + final['synthetic'])
-        ]
-                for rank in ranks]
+    def gone(self, name=0):
+        """The MACHs whose final accuracy is nan in a log."""
+        finals = self.finals(name).items()
+        return [i for i, final in finals if math.isnan(final['real'])]
 
     def wait(self, condition):
         """Until condition() is true; returns the seconds that took."""
@@ -176,36 +171,40 @@ class Run(contextlib.ExitStack):
         return time.monotonic() - began
 
     def train(self, steps):
-        """Until a MACH has taken so many steps; see `find` for what it gives."""
-        self.wait(lambda: steps <= max(
-            map(int, re.findall(r'^step  (\d+)', self.log(), re.M)), default=0))
+        """Until a MACH has taken so many steps; gives what `find` does."""
+        step = re.compile(r'^step  (\d+)', re.M)
+        self.wait(lambda: any(
+            int(taken) >= steps for taken in step.findall(self.log())))
         return self.find()
 
     def tell(self, ranks):
         """Until all these processes have said their finals; the seconds."""
-        return self.wait(lambda: all(
-            re.search('^final .* mach mean', self.log(f'process{rank}.txt'), re.
-                      M) for rank in ranks))
+        return self.wait(
+            lambda: all(self.log(rank).count('\nfinal') > K for rank in ranks))
 
     def end(self):
         """Until all processes have ended."""
-        numbers = list(self.find().values())
-        numbers = numbers, [status(number, 'PPid') for number in numbers]
-
-        def over():
-            seen = [max(status(i, 'VmHWM') for i in [0, *n]) for n in numbers]
-            self.most = [max(m, s / 1024) for m, s in zip(self.most, seen)]
-            return all(one.poll() is not None for one in self.started)
-
-        self.wait(over)
+        self.wait(lambda: None not in [one.poll() for one in self.started])
 
 
 @functools.cache
 def plain(words='', count=K):
-    """A Run that nothing happens to; it has ended."""
+    """A Run that nothing happens to; it has ended.
+
+    Its `most` are the kB that each process that trains has held at most, by
+    its id; its `watched` those that the parent of one holds.
+    """
     with Run(words, count) as run:
-        run.train(10)
-        run.end()
+        run.most = dict.fromkeys(run.train(10).values(), 0)
+        run.watched = max(
+            [status(status(i, 'PPid'), 'VmHWM') for i in run.most], default=0)
+
+        def over():
+            for i, most in run.most.items():
+                run.most[i] = max(most, status(i, 'VmHWM'))
+            return run.started[0].poll() is not None
+
+        run.wait(over)
     return run
 
 
@@ -253,90 +252,88 @@ def sides():
             row(f'{key}: points apart', abs(seen[0] - seen[1]), 0.3)
     for what, found in zip(('threads', 'processes'), runs):
         row(f'{what}: least gain over isolated', gain(found), 0, True)
-    row('MB of a process that trains', plain().most[0], 600)
-    row('MB of a process that torchrun watches', plain().most[1], 30)
+    row('MB of a process that trains', max(plain().most.values()) / 1024, 600)
+    row('MB of a process that torchrun watches', plain().watched / 1024, 30)
 
 
 def kill():
     """kill -9 of a process that trains, at a third of the run."""
-    ended = 0
+    ended, gains = 0, []
     for rank in (i % K for i in range(OPTIONS.times)):
         others = [i for i in range(K) if i != rank]
         with Run() as run:
             os.kill(run.train(OPTIONS.steps // 3)[rank], signal.SIGKILL)
             run.end()
-        ended += run.gone(others) == [[rank]] * len(others)
-        found = run.finals(f'process{others[0]}.txt')
+        ended += all(run.gone(other) == [rank] for other in others)
+        found = run.finals(others[0])
+        gains.append(gain(found, rank))
         row(f'process {rank} killed: points below', below(found, rank), 0.5)
-        row(f'process {rank} killed: least gain over isolated',
-            gain(found, rank), 0, True)
+    row('killed: least gain over isolated', min(gains), 0, True)
     row('killed: runs that all others end', ended, OPTIONS.times, True)
 
 
 def restart():
     """The same with --max-restarts: it goes on from its checkpoint."""
     for rank in (i % K for i in range(OPTIONS.times)):
-        folder = tempfile.mkdtemp(dir=OPTIONS.keep)
+        folder, text = tempfile.mkdtemp(dir=OPTIONS.keep), f'{rank} is here'
         words = f'--checkpoint {folder} --checkpoint_every 25'
-        with Run(words, launcher='--max-restarts 1') as run:
-            numbers, before = run.train(OPTIONS.steps // 3), run.log('stderr')
-            os.kill(numbers[rank], signal.SIGKILL)
-            what = f'process {rank} is here'
+        with Run(words, torchrun='--max-restarts 1') as run:
+            number = run.train(OPTIONS.steps // 3)[rank]
+            said = len(run.log('stderr'))
+            os.kill(number, signal.SIGKILL)
             seconds = run.wait(
-                lambda: run.log('stderr').count(what) > before.count(what))
+                lambda where=(text, said): run.log('stderr').find(*where) >= 0)
             run.end()
-        row(f'{what} again, seconds after kill -9', seconds, 15)
-        found = run.finals('stdout')  # one log, whoever was killed
-        row(f'{what}: its MACH, points below the others', behind(found, rank),
-            0.5)
+        row(f'process {rank} restarted: seconds until it is heard', seconds, 15)
+        row(f'process {rank} restarted: points of its MACH below others',
+            behind(run.finals('stdout'), rank), 0.5)  # whole, whoever it was
 
 
 def stop():
     """SIGSTOP: a process hangs, for good or for 30 seconds."""
-    with Run() as run:
-        number = run.train(OPTIONS.steps // 3)[1]
-        os.kill(number, signal.SIGSTOP)
-        run.tell([0, 2, 3, 4])
-        os.kill(number, signal.SIGKILL)
-        run.end()
-    found = run.finals()
-    row('stopped for good: points below', below(found, 1), 0.5)
-    row('stopped for good: rate of others', faster(found, 1), 0.95, True)
-    # The others are to train for longer than it rests.
+    # In the second run the others are to train for longer than it rests.
     slowest = min(final['rate'] for final in plain().finals().values())
-    with Run(f'--steps {45 * slowest:.0f}') as run:
-        number = run.train(50)[1]
-        os.kill(number, signal.SIGSTOP)
-        time.sleep(30)
-        os.kill(number, signal.SIGCONT)
-        run.end()
-    found = run.finals()
-    row('stopped for 30 s: its MACH, points below the others', behind(found, 1),
-        0.5)
-    row('stopped for 30 s: rate of others', faster(found, 1), 0.95, True)
+    for what, steps in ('for good', OPTIONS.steps), ('30 s', 45 * slowest):
+        with Run(f'--steps {steps:.0f}') as run:
+            number = run.train(50)[1]
+            os.kill(number, signal.SIGSTOP)
+            if steps == OPTIONS.steps:
+                run.tell([0, 2, 3, 4])
+                os.kill(number, signal.SIGKILL)
+            else:
+                time.sleep(30)
+                os.kill(number, signal.SIGCONT)
+            run.end()
+        found = run.finals()
+        row(f'stopped {what}: rate of others', faster(found, 1), 0.95, True)
+        if steps == OPTIONS.steps:
+            row(f'stopped {what}: points below', below(found, 1), 0.5)
+        else:
+            row(f'stopped {what}: points of its MACH below others',
+                behind(found, 1), 0.5)
 
 
 def late():
     """A process that never starts, and one that starts a minute late."""
-    for never in True, False:
-        # Long enough for the others to train for more than a minute.
-        steps = OPTIONS.steps if never else 80 * mean(plain().finals(), 'rate')
+    # In the second run the others are to train for more than a minute.
+    longer = 80 * mean(plain().finals(), 'rate')
+    for what, steps in ('never', OPTIONS.steps), ('late', longer):
         with Run(f'--patience 5 --steps {steps:.0f}', None) as run:
             for rank in 0, 1, 3, 4:
                 run.start(rank)
-            if not never:
+            if what == 'late':
                 time.sleep(60)
                 run.start(2)
             run.end()
-        if never:
-            said = run.log('stderr').count('begins without process [2]')
-            row('never started: processes that say so', said, 1, True)
-            row('never started: others that end without it',
-                run.gone([0, 1, 3, 4]).count([2]), 4, True)
-            row('never started: points below', below(run.finals(), 2), 0.5)
+        found, said = run.finals(), 'begins without process [2]'
+        row(f'{what} started: {said}', run.log('stderr').count(said), 1, True)
+        if what == 'late':
+            row('late started: points of its MACH below others',
+                behind(found, 2), 0.5)
         else:
-            row('60 s late: its MACH, points below the others',
-                behind(run.finals(), 2), 0.5)
+            row('never started: points below', below(found, 2), 0.5)
+            row('never started: processes that end without it',
+                [run.gone(i) for i in (0, 1, 3, 4)].count([2]), 4, True)
 
 
 def signals():
@@ -346,35 +343,33 @@ def signals():
     numbers, wrong = range(max(6, OPTIONS.times)), 0
     for number, (whom, sent) in zip(numbers, itertools.cycle(ways)):
         with Run() as run:
-            child = run.train(50)[number % K]
-            watched = status(child, 'PPid')
-            os.kill(
-                dict(child=child, watched=watched).get(whom,
-                                                       status(watched, 'PPid')),
-                sent)
+            ids = dict(child=run.train(50)[number % K])
+            ids['watched'] = status(ids['child'], 'PPid')
+            ids['torchrun'] = status(ids['watched'], 'PPid')
+            os.kill(ids[whom], sent)
             seconds = run.tell(range(K))
             run.end()
-            wrong += len(run.living()) + (run.gone(range(K)) != [[]] * K)
+            wrong += len(run.living())
+        wrong += sum(len(run.gone(rank)) for rank in range(K))
         codes = re.findall(r'exitcode +: (-?\d+)', run.log('stderr'))
         wrong += sum(int(code) != 128 + sent for code in codes)
-        what = f'{sent.name} to {whom}'
-        row(f'{what}: seconds until all have said their finals', seconds, 5)
-        row(f'{what}: exit status of torchrun; of processes, as it tells',
+        row(f'{sent.name} to {whom}: seconds until all finals', seconds, 5)
+        row(f'{sent.name} to {whom}: status of torchrun; of others it tells',
             f'{run.started[0].returncode}; {" ".join(codes)}')
-    row('signals: processes left, finals nan, other exit statuses', wrong, 0)
+    row('signals: processes left, finals nan, other statuses', wrong, 0)
 
 
 def make_hosts(stack):
     """Of two hosts, until the stack ends: address, words before a command."""
     names = [f'mach{os.getpid()}{end}' for end in 'ab']
-    script = 'set -e; ip netns add {0}; ip netns add {1}; ip link add mach ' \
-        'netns {0} type veth peer name mach netns {1}; '
-    for i in 0, 1:
-        script += f'ip -n {{{i}}} address add 10.77.0.{i + 1}/24 dev mach; '
-        script += f'ip -n {{{i}}} link set lo up; '
-        script += f'ip -n {{{i}}} link set mach up; '
-        stack.callback(os.system, f'ip netns delete {names[i]} 2> /dev/null')
-    if os.system(f'({script.format(*names)}) 2> /dev/null'):
+    calls = [f'netns add {name}' for name in names]
+    calls.append(f'link add mach netns {names[0]} type veth '
+                 f'peer name mach netns {names[1]}')
+    for i, name in enumerate(names, start=1):
+        calls.append(f'-n {name} address add 10.77.0.{i}/24 dev mach')
+        calls += [f'-n {name} link set {end} up' for end in ('lo', 'mach')]
+        stack.callback(os.system, f'ip netns delete {name} 2> /dev/null')
+    if any(os.system(f'ip {call} 2> /dev/null') for call in calls):
         print('no network namespaces here: two addresses', flush=True)
         return [('127.0.1.1', ''), ('127.0.1.2', '')]
     return [(f'10.77.0.{i}', f'ip netns exec {name}')
@@ -382,20 +377,19 @@ def make_hosts(stack):
 
 
 def hosts():
-    """Two hosts, near each other and far apart."""
+    """Two hosts, near each other and far apart, as main.py plays it."""
     for what, words in (('two hosts', ''),
-                        ("two hosts, the experiment's own latency and loss",
+                        ("two hosts, main.py's own latency and loss",
                          '--latency 0.05 --loss_rate 0.01')):
         with contextlib.ExitStack() as stack:
             places = make_hosts(stack)
             words += ' --hosts ' + ','.join(address for address, _ in places)
             run = stack.enter_context(Run(words, None))
             for rank in range(K):
-                run.start(rank, places[rank * 2 // K][1], MACH_KEY='secret')
+                run.start(rank, places[rank * 2 // K][1])
             run.end()
-        row(f'{what}: points below one host', below(run.finals()), 0.3)
-        row(f'{what}: rate, of that of one host', faster(run.finals()), 0.95,
-            True)
+        row(f'{what}: points below one', below(run.finals()), 0.3)
+        row(f'{what}: rate of one', faster(run.finals()), 0.95, True)
 
 
 def strangers():
@@ -414,8 +408,8 @@ def strangers():
         time.sleep(5)
         grown = (status(number, 'VmHWM') - before) / 1024
         run.end()
-    row('strangers: connections that process 0 has refused',
-        ''.join(re.findall(r'process 0 has refused (\d+)', run.log('stderr'))))
+    refused = re.findall(r'process 0 has refused (\d+)', run.log('stderr'))
+    row('strangers: connections refused', ' '.join(refused))
     row('strangers: MB that process 0 grows', grown, 50)
     row('strangers: points below', below(run.finals()), 0.5)
 
