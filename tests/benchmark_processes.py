@@ -191,17 +191,17 @@ class Run(contextlib.ExitStack):
 def plain(words='', count=K):
     """A Run that nothing happens to; it has ended.
 
-    Its `most` are the kB that each process that trains has held at most, by
-    its id; its `watched` those that the parent of one holds.
+    Its `most` are the kB that a process that trains has held at most, in all
+    and without what is shared, such as libraries; `watched`: its parent.
     """
     with Run(words, count) as run:
-        run.most = dict.fromkeys(run.train(10).values(), 0)
-        run.watched = max(
-            [status(status(i, 'PPid'), 'VmHWM') for i in run.most], default=0)
+        numbers, run.most = run.train(10).values(), dict(VmHWM=0, RssAnon=0)
+        run.watched = [status(status(i, 'PPid'), 'VmHWM') for i in numbers]
 
         def over():
-            for i, most in run.most.items():
-                run.most[i] = max(most, status(i, 'VmHWM'))
+            for key, most in run.most.items():
+                seen = [status(number, key) for number in numbers]
+                run.most[key] = max([most, *seen])
             return run.started[0].poll() is not None
 
         run.wait(over)
@@ -252,8 +252,11 @@ def sides():
             row(f'{key}: points apart', abs(seen[0] - seen[1]), 0.3)
     for what, found in zip(('threads', 'processes'), runs):
         row(f'{what}: least gain over isolated', gain(found), 0, True)
-    row('MB of a process that trains', max(plain().most.values()) / 1024, 600)
-    row('MB of a process that torchrun watches', plain().watched / 1024, 30)
+    most = plain().most
+    row('MB of a process that trains', most['VmHWM'] / 1024, 600)
+    row('MB of these that are not shared', most['RssAnon'] / 1024)
+    row('MB of a process that torchrun watches',
+        max(plain().watched) / 1024, 30)
 
 
 def kill():
