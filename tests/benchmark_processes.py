@@ -83,10 +83,10 @@ class Run(contextlib.ExitStack):
         words: for main.py, beside those that all runs have.
         count: processes that torchrun starts; 0: threads of one process
             instead; None: nothing, `start` is called for each.
-        launcher: words for torchrun.
+        torchrun: more words for it.
 
     Attributes:
-        most: MB at most, of those that train and of those torchrun watches.
+        started: the Popen of each process that was started here.
     """
 
     def __init__(self, words='', count=K, torchrun=''):
@@ -245,13 +245,15 @@ def faster(found, without=None):
 def sides():
     """Threads and processes side by side, and what one process holds."""
     runs = plain(count=0).finals(), plain().finals()
-    for key in 'real', 'synthetic', 'rate', 'seconds':
+    for key in 'real', 'synthetic', 'rate':
         seen = [mean(found, key) for found in runs]
         row(f'{key}, threads / processes', '{:.2f} / {:.2f}'.format(*seen))
-        if key in ('real', 'synthetic'):
+        if key != 'rate':
             row(f'{key}: points apart', abs(seen[0] - seen[1]), 0.3)
     for what, found in zip(('threads', 'processes'), runs):
         row(f'{what}: least gain over isolated', gain(found), 0, True)
+        row(f'{what}: seconds, of the slowest MACH',
+            max(final['seconds'] for final in found.values()))
     most = plain().most
     row('MB of a process that trains', most['VmHWM'] / 1024, 600)
     row('MB of these that are not shared', most['RssAnon'] / 1024)
@@ -294,49 +296,49 @@ def restart():
 
 def stop():
     """SIGSTOP: a process hangs, for good or for 30 seconds."""
-    # In the second run the others are to train for longer than it rests.
+    with Run() as run:
+        number = run.train(OPTIONS.steps // 3)[1]
+        os.kill(number, signal.SIGSTOP)
+        run.tell([0, 2, 3, 4])
+        os.kill(number, signal.SIGKILL)
+        run.end()
+    row('stopped for good: points below', below(run.finals(), 1), 0.5)
+    row('stopped for good: rate of others', faster(run.finals(), 1), 0.95, True)
+    # The others are to train for longer than it rests.
     slowest = min(final['rate'] for final in plain().finals().values())
-    for what, steps in ('for good', OPTIONS.steps), ('30 s', 45 * slowest):
-        with Run(f'--steps {steps:.0f}') as run:
-            number = run.train(50)[1]
-            os.kill(number, signal.SIGSTOP)
-            if steps == OPTIONS.steps:
-                run.tell([0, 2, 3, 4])
-                os.kill(number, signal.SIGKILL)
-            else:
-                time.sleep(30)
-                os.kill(number, signal.SIGCONT)
-            run.end()
-        found = run.finals()
-        row(f'stopped {what}: rate of others', faster(found, 1), 0.95, True)
-        if steps == OPTIONS.steps:
-            row(f'stopped {what}: points below', below(found, 1), 0.5)
-        else:
-            row(f'stopped {what}: points of its MACH below others',
-                behind(found, 1), 0.5)
+    with Run(f'--steps {45 * slowest:.0f}') as run:
+        number = run.train(50)[1]
+        os.kill(number, signal.SIGSTOP)
+        time.sleep(30)
+        os.kill(number, signal.SIGCONT)
+        run.end()
+    row('stopped for 30 s: points of its MACH below others',
+        behind(run.finals(), 1), 0.5)
+    row('stopped for 30 s: rate of others', faster(run.finals(), 1), 0.95, True)
 
 
 def late():
-    """A process that never starts, and one that starts a minute late."""
-    # In the second run the others are to train for more than a minute.
-    longer = 80 * mean(plain().finals(), 'rate')
-    for what, steps in ('never', OPTIONS.steps), ('late', longer):
-        with Run(f'--patience 5 --steps {steps:.0f}', None) as run:
-            for rank in 0, 1, 3, 4:
-                run.start(rank)
-            if what == 'late':
-                time.sleep(60)
-                run.start(2)
-            run.end()
-        found, said = run.finals(), 'begins without process [2]'
-        row(f'{what} started: {said}', run.log('stderr').count(said), 1, True)
-        if what == 'late':
-            row('late started: points of its MACH below others',
-                behind(found, 2), 0.5)
-        else:
-            row('never started: points below', below(found, 2), 0.5)
-            row('never started: processes that end without it',
-                [run.gone(i) for i in (0, 1, 3, 4)].count([2]), 4, True)
+    """A process that never starts, and one that starts late."""
+    others = 0, 1, 3, 4
+    with Run('--patience 5', None) as run:
+        for rank in others:
+            run.start(rank)
+        run.end()
+    row('never started: processes that say so',
+        run.log('stderr').count('begins without process [2]'), 1, True)
+    row('never started: processes that end without it',
+        [run.gone(rank) for rank in others].count([2]), 4, True)
+    row('never started: points below', below(run.finals(), 2), 0.5)
+    # The others are still to train when it comes.
+    steps = mean(plain().finals(), 'rate') * (OPTIONS.late + 20)
+    with Run(f'--patience 5 --steps {steps:.0f}', None) as run:
+        for rank in others:
+            run.start(rank)
+        time.sleep(OPTIONS.late)
+        run.start(2)
+        run.end()
+    row(f'{OPTIONS.late} s late: points of its MACH below others',
+        behind(run.finals(), 2), 0.5)
 
 
 def signals():
@@ -435,10 +437,12 @@ def main():
     names = {scenario.__name__: scenario for scenario in scenarios}
     parser.add_argument('--steps', type=int, default=300)
     parser.add_argument('--times', type=int, default=5, help='runs of a kind')
+    parser.add_argument('--late', type=int, default=60, help='seconds')
     parser.add_argument('--seed', type=int, default=3)
     parser.add_argument('--data', default=conftest.DATA)
     parser.add_argument('--only', nargs='+', default=names, choices=names)
     parser.parse_args(namespace=OPTIONS)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print('| what | floor | seen | met |\n' + '| --- ' * 4 + '|')
     with tempfile.TemporaryDirectory() as OPTIONS.keep:
         for name in OPTIONS.only:
@@ -447,7 +451,7 @@ def main():
                 names[name]()
             except Exception:  # pylint: disable=broad-except
                 traceback.print_exc()
-                row(f'{name}: ends', 'no, see stderr', 'yes')
+                row(f'{name}: scenarios that fail, see stderr', 1, 0)
             row(f'{name}: seconds in all', time.monotonic() - began)
     return int(bool(MISSED))
 
