@@ -280,14 +280,17 @@ def kill():
 def restart():
     """The same with --max-restarts: it goes on from its checkpoint."""
     for rank in (i % K for i in range(OPTIONS.times)):
-        folder, text = tempfile.mkdtemp(dir=OPTIONS.keep), f'{rank} is here'
+        folder = tempfile.mkdtemp(dir=OPTIONS.keep)
         words = f'--checkpoint {folder} --checkpoint_every 25'
+        # Process 0 is back when it prints what it has heard from another.
+        name, text = 'stderr', f'process {rank} is here'
+        name, text = ('stdout', 'mach 1') if rank == 0 else (name, text)
         with Run(words, torchrun='--max-restarts 1') as run:
-            number = run.train(OPTIONS.steps // 3)[rank]
-            said = len(run.log('stderr'))
-            os.kill(number, signal.SIGKILL)
-            seconds = run.wait(
-                lambda where=(text, said): run.log('stderr').find(*where) >= 0)
+            os.kill(run.train(OPTIONS.steps // 3)[rank], signal.SIGKILL)
+            told = functools.partial(run.log, name)
+            said = len(told())
+            seconds = run.wait(lambda told=told, where=
+                               (text, said): told().find(*where) >= 0)
             run.end()
         row(f'process {rank} restarted: seconds until it is heard', seconds, 15)
         row(f'process {rank} restarted: points of its MACH below others',
