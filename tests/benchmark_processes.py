@@ -6,7 +6,7 @@ bothered by strangers. Prints what was seen beside its floor; exit status 1 says
 that a floor was missed. Accuracies are of the test set; `points below` is the
 worse of real and synthetic.
 
-    python tests/benchmark_processes.py                      # about 15 minutes
+    python tests/benchmark_processes.py                      # about 14 minutes
     python tests/benchmark_processes.py --only kill --times 10
 """
 
@@ -282,9 +282,9 @@ def restart():
     for rank in (i % K for i in range(OPTIONS.times)):
         folder = tempfile.mkdtemp(dir=OPTIONS.keep)
         words = f'--checkpoint {folder} --checkpoint_every 25'
-        # Process 0 is back when it prints what it has heard from another.
+        # Of process 0 others say nothing: it is back when it goes on printing.
         name, text = 'stderr', f'process {rank} is here'
-        name, text = ('stdout', 'mach 1') if rank == 0 else (name, text)
+        name, text = ('stdout', 'step') if rank == 0 else (name, text)
         with Run(words, torchrun='--max-restarts 1') as run:
             os.kill(run.train(OPTIONS.steps // 3)[rank], signal.SIGKILL)
             told = functools.partial(run.log, name)
