@@ -182,6 +182,11 @@ class Run(contextlib.ExitStack):
         return self.wait(
             lambda: all(self.log(rank).count('\nfinal') > K for rank in ranks))
 
+    def hear(self, text, name='stderr'):
+        """Until it writes this, from now on; the seconds."""
+        said = len(self.log(name))
+        return self.wait(lambda: self.log(name).find(text, said) >= 0)
+
     def end(self):
         """Until all processes have ended."""
         self.wait(lambda: None not in [one.poll() for one in self.started])
@@ -282,15 +287,11 @@ def restart():
     for rank in (i % K for i in range(OPTIONS.times)):
         folder = tempfile.mkdtemp(dir=OPTIONS.keep)
         words = f'--checkpoint {folder} --checkpoint_every 25'
-        # Of process 0 others say nothing: it is back when it goes on printing.
-        name, text = 'stderr', f'process {rank} is here'
-        name, text = ('stdout', 'step') if rank == 0 else (name, text)
         with Run(words, torchrun='--max-restarts 1') as run:
             os.kill(run.train(OPTIONS.steps // 3)[rank], signal.SIGKILL)
-            told = functools.partial(run.log, name)
-            said = len(told())
-            seconds = run.wait(lambda told=told, where=
-                               (text, said): told().find(*where) >= 0)
+            # Of process 0 others say nothing: it is back when it prints again.
+            seconds = (run.hear(f'process {rank} is here')
+                       if rank else run.hear('step', 'stdout'))
             run.end()
         row(f'process {rank} restarted: seconds until it is heard', seconds, 15)
         row(f'process {rank} restarted: points of its MACH below others',
