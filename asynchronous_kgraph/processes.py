@@ -291,15 +291,14 @@ class Node:
     def begin(self):
         """Waits for all others, up to `patience`; who comes late begins alone."""
         end = time.monotonic() + self._settings.patience
-        while not self.signal:
-            gone = [r for r, peer in self._peers.items() if not peer.wire]
-            late = any(
-                peer.begun and peer.wire for peer in self._peers.values())
-            if not gone or late or time.monotonic() > end:
-                break
+        gone = list(self._peers.values())
+        while gone and time.monotonic() < end and not self.signal:
             time.sleep(0.02)
-        if not self.signal and gone and not late:
-            self._say(f'begins without process {gone}')
+            gone = [p for p in gone if not (p.wire and p.connected)]
+            if any(peer.begun for peer in self._peers.values()):
+                end = min(end, time.monotonic() + 1)
+        if gone and not self.signal:
+            self._say(f'begins without process {[peer.rank for peer in gone]}')
         self._begun = True
 
     def put(self, event):
@@ -392,7 +391,7 @@ class Node:
                 if peer.wire is not wire:
                     peer.wire = wire
                     if self._begun:
-                        self._announce(f'process {peer.rank} is here')
+                        self._announce(peer, 'is here')
         except FAULTS as error:
             if not peer:  # has another key, or other hyperparameters
                 self._refuse(repr(error))
@@ -403,7 +402,7 @@ class Node:
             if peer and peer.wire is wire:
                 peer.wire = None
                 if not peer.ended:
-                    self._announce(f'process {peer.rank} is gone')
+                    self._announce(peer, 'is gone')
 
     def _deliver(self, peer, receiver, message):
         if receiver >= 0:
@@ -432,9 +431,10 @@ class Node:
         if self.refused == 1:
             self._say(f'refuses a connection ({why}); others are only counted')
 
-    def _announce(self, text):
-        if not any(p.wire and p.rank < self.rank for p in self._peers.values()):
-            self._say(f'says: {text}')
+    def _announce(self, peer, what):
+        lower = [self._peers[rank] for rank in range(self.rank)]
+        if not any(one.wire for one in lower if one is not peer):
+            self._say(f'says: process {peer.rank} {what}')
 
     def _say(self, text):
         print(f'process {self.rank} {text}', file=sys.stderr, flush=True)
