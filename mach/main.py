@@ -153,8 +153,14 @@ def plan(options, words, parser):
             ways.append(('.isolated', ['--connected=False']))
         for (repeat, seed), (way, edges) in itertools.product(repeats, ways):
             name = path.parent.name
+            # Runs that shared one of these folders would overwrite each other.
+            own = [
+                f'--{n}={overrides[n]}/{name}{repeat}{way}'
+                for n in ('checkpoint', 'log_folder')
+                if overrides.get(n) and n in names
+            ]
             jobs.append(
-                Job(name, command + seed + edges,
+                Job(name, command + seed + edges + own,
                     folder / f'{name}{repeat}{way}.txt'))
             if 'dry_run' in names and repeat == repeats[0][0]:
                 checks.append(jobs[-1])

@@ -130,6 +130,15 @@ def test_seeds_and_isolated(tmp_path, make):
                  ['1', '95.00', '94.00', '-']]
 
 
+def test_each_run_has_checkpoints_of_its_own(tmp_path, make):
+    a = make('a', 'seed: int = 0; checkpoint: str = 0')
+    done = launch(tmp_path, '--only', a, make('b'), '--seeds', '3,1',
+                  '--checkpoint', 'c')
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r'checkpoint (\S+)',
+                      done.stdout) == ['c/a.seed3', 'c/a.seed1']
+
+
 MISTAKES = [
     (['--only', 'A', '--steps', '5'], '--steps; closest: --seed'),
     (['--only', 'A', '--hidden', '5'], '--hidden'),
