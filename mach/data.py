@@ -19,6 +19,7 @@ import zlib
 
 import torch
 from torch.nn import functional
+from torchvision import datasets
 
 CLASSES = 10
 SIDE = 28  # pixels; an image is SIDE * SIDE of them, row by row
@@ -81,7 +82,7 @@ def load(folder='data', validation=5000, strict=False, deadline=120.0):
     except ConnectionError as error:
         message = (f'MNIST cannot be had: {error}. To fix it, put '
                    f'{".gz, ".join(FILES)}.gz (from '
-                   f'{_torchvision().mirrors[0]}) in {raw}')
+                   f'{datasets.MNIST.mirrors[0]}) in {raw}')
         if strict:
             raise DataError(message) from error
         print(
@@ -182,23 +183,12 @@ def _save(folder, contents, damaged):
             pathlib.Path(staging, name).replace(folder / name)
 
 
-def _torchvision():
-    """Its MNIST, which knows where the files are and how to fetch them.
-
-    Imported only where they are not here: it takes 160 MB of each process, and
-    a second or more.
-    """
-    from torchvision import datasets  # pylint: disable=import-outside-toplevel
-    return datasets.MNIST
-
-
 def _fetch(names, seconds):
     """{name: unpacked bytes} of `names`; ConnectionError after `seconds`."""
-    mnist = _torchvision()
-    fetcher = mnist.__new__(mnist)  # its __init__ would read
-    fetcher.mirrors = list(mnist.mirrors)
+    fetcher = datasets.MNIST.__new__(datasets.MNIST)  # its __init__ would read
+    fetcher.mirrors = list(datasets.MNIST.mirrors)
     fetcher.resources = [(gz, md5)
-                         for gz, md5 in mnist.resources
+                         for gz, md5 in datasets.MNIST.resources
                          if gz.removesuffix('.gz') in names]
     errors = []
 
