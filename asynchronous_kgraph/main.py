@@ -6,7 +6,7 @@ Grads of the others. Differs from asynchronous_sequence: the children of a MACH
 are all others, so Spikes and Grads go round in cycles, cut off by `depth`.
 
     python asynchronous_kgraph/main.py
-    torchrun --nproc-per-node 5 asynchronous_kgraph/main.py   # one MACH a process
+    torchrun --nproc-per-node 5 asynchronous_kgraph/main.py
 
 Expect, mean of 5 MACHs, real 98.59 ± 0.03, synthetic 98.09 ± 0.02 (mean and
 deviation over 3 seeds; isolated 97.42) in 113 s of training on two cores, fp32.

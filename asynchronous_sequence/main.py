@@ -7,7 +7,7 @@ synchronous_sequence: a thread for each MACH, disjoint shards, messages over
 links, and a delay that is whatever it is.
 
     python asynchronous_sequence/main.py
-    torchrun --nproc-per-node 3 asynchronous_sequence/main.py   # one MACH a process
+    torchrun --nproc-per-node 3 asynchronous_sequence/main.py
 
 Expect, mean of 3 MACHs, real 98.48 ± 0.02, synthetic 98.13 ± 0.05 (mean and
 deviation over 3 seeds; isolated 97.94) in 37 s of training on two cores, fp32.

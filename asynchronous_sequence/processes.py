@@ -394,7 +394,8 @@ class Node:
         except FAULTS as error:
             if not peer:  # has another key, or other hyperparameters
                 self._refuse(repr(error))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError,
+                RuntimeError) as error:
             self._refuse(repr(error))
         finally:
             wire.close()

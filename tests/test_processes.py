@@ -435,13 +435,12 @@ needs_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'),
 
 
 @needs_proc
-@test_main.asynchronous
-def test_a_run_in_processes(tmp_path, experiment):
+@pytest.mark.parametrize('experiment, count', [(EXPERIMENT, 2),
+                                               ('asynchronous_sequence', 3)])
+def test_a_run_in_processes(tmp_path, experiment, count):
     folder = tmp_path / 'logs'
-    with torchrun(tmp_path,
-                  '--steps=200',
-                  f'--log_folder={folder}',
-                  experiment=experiment) as run:
+    words = '--steps=200', '--k=3', f'--log_folder={folder}'
+    with torchrun(tmp_path, *words, experiment=experiment, count=count) as run:
         code, out, err = run.end()
         assert not run.find()
     assert code == 0 and 'gone' not in err
@@ -450,13 +449,14 @@ def test_a_run_in_processes(tmp_path, experiment):
     assert log.mean['steps'] == 200 and 80 < log.mean['real'] < 100
     assert {f['mach'] for f in log.steps} == {0, 1, 2}
     assert len(log.steps) == 3 * 40
-    names = [f'process{i}.txt' for i in range(3)]
+    names = [f'process{rank}.txt' for rank in range(count)]
     assert sorted(path.name for path in folder.iterdir()) == names
-    for i, name in enumerate(names):
-        own = metrics.read_log(folder / name)
+    for rank, name in enumerate(names):
+        own, here = metrics.read_log(folder /
+                                     name), {rank} if rank else {0, 1, 2}
+        assert {f['mach'] for f in own.steps} == here
         assert [f['real'] for f in own.finals
                ] == [f['real'] for f in log.finals]
-        assert {f['mach'] for f in own.steps} == ({i} if i else {0, 1, 2})
 
 
 @needs_proc
