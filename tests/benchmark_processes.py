@@ -6,7 +6,7 @@ bothered by strangers. Prints what was seen beside its floor; exit status 1 says
 that a floor was missed. Accuracies are of the test set; `points below` is the
 worse of real and synthetic.
 
-    python tests/benchmark_processes.py                      # about 14 minutes
+    python tests/benchmark_processes.py                      # about 15 minutes
     python tests/benchmark_processes.py --only kill --times 10
 """
 
@@ -283,12 +283,17 @@ def kill():
 
 
 def restart():
-    """The same with --max-restarts: it goes on from its checkpoint."""
+    """The same with --max-restarts: it goes on from its checkpoint.
+
+    The others are to train for longer than a process takes to start.
+    """
+    steps = 5 * OPTIONS.steps // 2
     for rank in (i % K for i in range(OPTIONS.times)):
         folder = tempfile.mkdtemp(dir=OPTIONS.keep)
-        words = f'--checkpoint {folder} --checkpoint_every 25'
+        words = (f'--steps {steps} --checkpoint {folder} '
+                 '--checkpoint_every 25')
         with Run(words, torchrun='--max-restarts 1') as run:
-            os.kill(run.train(OPTIONS.steps // 3)[rank], signal.SIGKILL)
+            os.kill(run.train(steps // 3)[rank], signal.SIGKILL)
             # Of process 0 others say nothing: it is back when it prints again.
             seconds = (run.hear(f'process {rank} is here')
                        if rank else run.hear('step', 'stdout'))
@@ -308,10 +313,9 @@ def stop():
         run.end()
     row('stopped for good: points below', below(run.finals(), 1), 0.5)
     row('stopped for good: rate of others', faster(run.finals(), 1), 0.95, True)
-    # The others are to train for longer than it rests.
-    slowest = min(final['rate'] for final in plain().finals().values())
-    with Run(f'--steps {45 * slowest:.0f}') as run:
-        number = run.train(50)[1]
+    steps = 10 * OPTIONS.steps  # so that half a minute is a part of the run
+    with Run(f'--steps {steps}') as run:
+        number = run.train(steps // 3)[1]
         os.kill(number, signal.SIGSTOP)
         time.sleep(30)
         os.kill(number, signal.SIGCONT)
@@ -333,16 +337,18 @@ def late():
     row('never started: processes that end without it',
         [run.gone(rank) for rank in others].count([2]), 4, True)
     row('never started: points below', below(run.finals(), 2), 0.5)
-    # The others are still to train when it comes.
-    steps = mean(plain().finals(), 'rate') * (OPTIONS.late + 20)
-    with Run(f'--patience 5 --steps {steps:.0f}', None) as run:
+    # The others, faster by a fourth without it, are to train when it comes.
+    steps = int(mean(plain().finals(), 'rate') * 5 / 4 * (OPTIONS.late + 20))
+    with Run(f'--patience 5 --steps {steps}', None) as run:
         for rank in others:
             run.start(rank)
         time.sleep(OPTIONS.late)
         run.start(2)
         run.end()
+    row(f'{OPTIONS.late} s late: steps of its MACH',
+        run.finals()[2]['steps'], steps, True)
     row(f'{OPTIONS.late} s late: points of its MACH below others',
-        behind(run.finals(), 2), 0.5)
+        behind(run.finals(), 2))
 
 
 def signals():
@@ -425,7 +431,7 @@ def strangers():
 
 def many():
     """16 MACHs, as threads and as processes."""
-    words = '--k 16 --neighbours 2 --steps 100 --patience 120'
+    words = '--k 16 --neighbours 2 --steps 60 --patience 120'
     for what, count in ('threads', 0), ('processes', 16):
         for key in 'real', 'synthetic', 'rate', 'seconds':
             row(f'16 {what}: {key}', mean(plain(words, count).finals(), key))
