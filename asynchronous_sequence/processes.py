@@ -31,7 +31,7 @@ from mach import data, metrics
 
 SILENCE = 8  # seconds without a word, after which a process counts as gone
 PERIOD = 0.5  # seconds from one sign of life to the next
-STRANGERS = 64  # connections at once that have not shown the key yet
+STRANGERS = 16  # connections at once that have not shown the key yet
 FAULTS = OSError, EOFError, connection.AuthenticationError
 DTYPES = dict(uint8=torch.uint8, fp16=torch.float16)
 DTYPES |= dict(bf16=torch.bfloat16, fp32=torch.float32)
