@@ -15,10 +15,6 @@ deviation over 3 seeds; isolated 97.42) in 113 s of training on two cores, fp32.
 import os
 import signal
 
-import launch
-
-if __name__ == '__main__':
-    launch.supervise()
 # Ctrl-C during the imports, which take seconds: an exception could be swallowed.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -469,6 +465,7 @@ def main(words):
 
 
 if __name__ == '__main__':
+    processes.supervise()
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(sys.argv[1:])

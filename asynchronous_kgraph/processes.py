@@ -10,12 +10,15 @@ mailboxes that threads use. All else is state, told again to who connects again.
 # Copied from asynchronous_sequence/processes.py
 
 import collections
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import json
 import math
 import os
 import queue
+import signal
 import socket
 import struct
 import sys
@@ -112,6 +115,50 @@ def wire_of(sock):
 def parameters_of(networks):
     """All their parameters, in order; of None none."""
     return [p for network in networks if network for p in network.parameters()]
+
+
+def supervise():
+    """Returns in a child; the parent waits for it and hides a violent death.
+
+    torchrun ends all processes as soon as one fails. So the MACHs live in a
+    child of the one it watches: where the child is killed, torchrun sees nothing
+    but a process that ends well, and up to `--max-restarts` times the child is
+    forked again, with all that is imported: that takes longest. To be called
+    while there is one thread. Does nothing without torchrun.
+    """
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        os._exit(1)  # one has ended with a failure: no reason to start all anew
+    restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+    numbers = signal.SIGINT, signal.SIGTERM
+    for attempt in range(restarts + 1):
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # none is missed
+        child = os.fork()
+
+        def pass_on(number, _, child=child):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+        for number in numbers:
+            signal.signal(number, pass_on if child else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        if not child:
+            with contextlib.suppress(AttributeError):  # Linux: ends with it
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+            os.environ['MACH_ATTEMPT'] = str(attempt)
+            return
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if -status in numbers:  # it was still importing
+            status = 128 - status
+        if status >= 0:
+            os._exit(status)
+        print(
+            f'process {os.environ["RANK"]} was killed by signal {-status}; the '
+            f'others go on, {restarts - attempt} restarts are left',
+            file=sys.stderr,
+            flush=True)
+    os._exit(0)
 
 
 class Link:

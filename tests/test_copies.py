@@ -213,7 +213,7 @@ def test_layout():
         files = {'README.md', 'checkpoint.py', 'main.py', 'model.py'}
         files |= {'student.py', 'trainer.py'}
         if name in conftest.ASYNCHRONOUS:
-            files |= {'launch.py', 'link.py', 'processes.py'}
+            files |= {'link.py', 'processes.py'}
         assert {'/'.join(p[1:]) for p in listed if p[0] == name} == files
         assert all((ROOT / name / file).stat().st_size for file in files)
 

@@ -6,6 +6,7 @@ starts some. Each is ended by its id.
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import os
 import pickle
@@ -311,22 +312,19 @@ def test_nothing_listens_beyond_loopback_unless_asked(nodes):
     } == {'127.0.0.1'}
 
 
-# ---------------------------------------------------------------------- launch
+# ------------------------------------------------------------------- supervise
 
-SUPERVISED = '''
-import os, sys, time
-sys.path.insert(0, {folder!r})
-import launch
-launch.supervise()
-attempt = os.environ.get('MACH_ATTEMPT')
-print('attempt', attempt, os.getpid(), flush=True)
-{then}
+# The function alone: nothing waits for torch to be imported.
+SUPERVISED = 'import contextlib, ctypes, os, signal, sys, time\n'
+SUPERVISED += inspect.getsource(processes.supervise) + '''
+supervise()
+print('attempt', os.environ.get('MACH_ATTEMPT'), os.getpid(), flush=True)
 '''
 
 
 def supervised(then, restarts=0, torchrun=True):
     """A process that runs `then` in the child of a supervisor."""
-    code = SUPERVISED.format(folder=str(conftest.ROOT / EXPERIMENT), then=then)
+    code = SUPERVISED + then
     names = dict(RANK='3', TORCHELASTIC_MAX_RESTARTS=str(restarts))
     if torchrun:
         names['TORCHELASTIC_RUN_ID'] = 'none'
