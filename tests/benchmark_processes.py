@@ -60,9 +60,9 @@ def read(path):
     return ''
 
 
-def status(number, key):
+def status(number, key, file='status'):
     """A number of the status of a process, such as VmHWM, most kB; 0: ended."""
-    found = re.search(rf'{key}:\s+(\d+)', read(f'/proc/{number}/status'))
+    found = re.search(rf'{key}:\s+(\d+)', read(f'/proc/{number}/{file}'))
     return int(found[1]) if found else 0
 
 
@@ -197,11 +197,15 @@ def plain(words='', count=K):
     """A Run that nothing happens to; it has ended.
 
     Its `most` are the kB that a process that trains has held at most, in all
-    and without what is shared, such as libraries; `watched`: its parent.
+    and without what is shared, such as libraries; `shares`: what it and its
+    parent have of the memory at half of the run, each page counted once.
     """
     with Run(words, count) as run:
         numbers, run.most = run.train(10).values(), dict(VmHWM=0, RssAnon=0)
-        run.watched = [status(status(i, 'PPid'), 'VmHWM') for i in numbers]
+        run.train(OPTIONS.steps // 2)
+        run.shares = [(status(i, 'Pss', 'smaps_rollup'),
+                       status(status(i, 'PPid'), 'Pss', 'smaps_rollup'))
+                      for i in numbers]
 
         def over():
             for key, most in run.most.items():
