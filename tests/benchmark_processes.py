@@ -266,7 +266,10 @@ def sides():
     most = plain().most
     row('MB of a process that trains', most['VmHWM'] / 1024, 600)
     row('MB of these that are not shared', most['RssAnon'] / 1024)
-    row('MB of its parent that are not shared', max(plain().watched) / 1024)
+    row(
+        'MB of one and of its parent, each page counted once',
+        '{:.0f} / {:.0f}'.format(
+            *[max(shares) / 1024 for shares in zip(*plain().shares)]))
 
 
 def kill():
