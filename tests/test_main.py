@@ -691,7 +691,8 @@ def test_every_hyperparameter_has_its_limits(run_here, experiment):
 @pytest.mark.parametrize('words, message', REFUSED)
 @every_experiment
 def test_refused_in_one_line(run_here, experiment, words, message):
-    needed = {'--neighbours', '--slow_mach', '--shards'} & set(words.split())
+    needed = {'--neighbours', '--slow_mach', '--shards', '--hosts'}
+    needed &= set(words.split())
     if needed <= {f'--{name}' for name in hyperparameters(experiment)}:
         check_refused(run_here, experiment, words.split(), message)
 

@@ -93,7 +93,7 @@ def never_wait(seconds):
 
 class Sink:
     """A link that leads to the test."""
-    lost = 0
+    lost = dropped = 0
 
     def __init__(self):
         self.messages = []
