@@ -94,6 +94,7 @@ class Run(contextlib.ExitStack):
         self.folder, self.port = tempfile.mkdtemp(dir=OPTIONS.keep), free_port()
         self._words = ['--data', OPTIONS.data, '--seed', OPTIONS.seed]
         self._words += ['--steps', OPTIONS.steps, '--log_every', 10]
+        self._words += ['--evaluate_every', 0]  # it takes time from training
         self._words += ['--log_folder', self.folder, *words.split()]
         self._files = [
             self.enter_context(open(f'{self.folder}/{name}', 'ab'))
