@@ -478,7 +478,8 @@ def test_a_process_is_killed(tmp_path, restarts):
         assert code == 0 and not lost and ends == [300] * 4
     else:
         assert code == 1 and lost == [1, 'mean']
-        assert ends[0] == ends[2] == 300 and 50 <= ends[1] < 300
+        # What was last told of it, half a second or more before the end.
+        assert ends[0] == ends[2] == 300 and 0 <= ends[1] < 300
 
 
 @needs_proc
