@@ -148,7 +148,7 @@ def supervise():
             os.environ['MACH_ATTEMPT'] = str(attempt)
             return
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if -status in numbers:  # it was still importing
+        if -status in numbers:  # before it could handle them
             status = 128 - status
         if status >= 0:
             os._exit(status)
