@@ -19,6 +19,7 @@ import signal
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -38,11 +39,11 @@ import tqdm
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
 from mach import data, metrics
 import checkpoint
-import link
-import model
 import processes
-import student
-import trainer
+from link import Link
+from model import Mach
+from student import Student
+from trainer import Snapshot, Trainer
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
 CORES = torch.get_num_threads()
@@ -63,7 +64,6 @@ class Hyperparameters:
     """Edit the defaults in place, or override one for a run: --name value."""
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
-    strict_data: bool = hparam(False, 'no drawn digits', 'False', 'True')
     validation: int = hparam(5000, 'images held out, for eval lines', 10, 50000)
     shards: str = hparam('disjoint', 'images of a MACH', 'disjoint', 'full')
     # Run.
@@ -85,14 +85,10 @@ class Hyperparameters:
     depth: int = hparam(1, 'edges that Spikes and Grads travel', 0, 100)
     inputs: str = hparam('synthetic', 'in training', 'synthetic', 'real')
     deadline: float = hparam(1.0, 'seconds, for answers waited for', 0.001, 1e6)
-    mailbox: int = hparam(1024, 'messages; full, the oldest goes', 1, 10**6)
     share: float = hparam(0.25, 'of own rows sent: largest Grads', 0.001, 1)
     grad_weight: float = hparam(0.5, 'of a Grad, in own gradients', 0, 1e6)
-    recent: int = hparam(32, 'messages of a kind kept of each other', 1, 10**6)
     # Processes: as many as torchrun starts.
     hosts: str = hparam('', 'a,b: of equally many processes; empty: this one')
-    patience: float = hparam(30.0, 'seconds, for others to begin', 0, 1e6)
-    wire_precision: str = hparam('bf16', 'of embeddings, Grads', 'fp32', 'bf16')
     log_folder: str = hparam('', "folder for each process's log; empty: none")
     # Conditions: what links and MACHs are made to suffer.
     latency: float = hparam(0.0, 'seconds on an edge, each way', 0, 1e6)
@@ -113,6 +109,12 @@ class Hyperparameters:
     dropout: float = hparam(0.3, 'of h, to lean on children', 0, 0.999)
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, read(field, getattr(self, field.name)))
+        count = torch.cuda.device_count()
+        devices = ['cpu', *(f'cuda:{i}' for i in range(count))]
+        if self.device not in devices:
+            raise ValueError(f'--device must be {" or ".join(devices)}')
         if self.resume and not self.checkpoint:
             raise ValueError('--resume needs the folder --checkpoint')
         if max(self.neighbours, self.slow_mach) >= self.k:
@@ -120,23 +122,23 @@ class Hyperparameters:
 
 
 # Copied from synchronous_single/main.py
-def reader(field):
-    """What reads one hyperparameter's text; argparse adds its name to errors."""
+def read(field, value):
+    """The value of a hyperparameter, given as itself or as text.
+
+    Raises:
+        ValueError: it is beyond its limits; the message names it.
+    """
     kind, limits = field.type, field.metadata['limits']
-    number = kind in (int, float)
-
-    def read(text):
-        text = text.strip()
-        with contextlib.suppress(ValueError):
-            value = kind(text) if number else text
-            if not limits or (limits[0] <= value <= limits[1]
-                              if number else value in limits):
-                return text == 'True' if kind is bool else value
-        wanted = (' to ' if number else ' or ').join(map(str, limits))
-        raise argparse.ArgumentTypeError(
-            f'must be {kind.__name__}, {wanted}, not {text!r}')
-
-    return read
+    text = str(value).strip()
+    with contextlib.suppress(ValueError):
+        if kind in (int, float):
+            if limits[0] <= kind(text) <= limits[1]:
+                return kind(text)
+        elif not limits or text in limits:
+            return text == 'True' if kind is bool else text
+    wanted = (' to ' if kind in (int, float) else ' or ').join(map(str, limits))
+    raise ValueError(f'--{field.name}: must be {kind.__name__}, {wanted}, '
+                     f'not {text!r}')
 
 
 # Copied from synchronous_single/main.py
@@ -149,24 +151,20 @@ def read_hyperparameters(words):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: parser.exit(2, f'{EXPERIMENT}: {message}\n')
     for field in dataclasses.fields(Hyperparameters):
-        limits, default = field.metadata['limits'], field.default
         names = f'--{field.name}', f'--{field.name.replace("_", "-")}'
         parser.add_argument(
             *dict.fromkeys(names),
             dest=field.name,
-            type=reader(field),
-            default=str(default),  # as text, so that an edit is checked too
+            default=field.default,
             metavar=field.type.__name__,
-            help=f'{field.metadata["reason"]} {limits}; default {default}')
+            help=f'{field.metadata["reason"]} '
+            f'{field.metadata["limits"]}; default {field.default}')
     # A space keeps argparse from taking a number such as -1e-3 for an option.
     words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
     if unknown:
         near, = difflib.get_close_matches(unknown[0], vars(values), 1, 0)
         parser.error(f'unknown: {unknown[0]}; the closest is --{near}')
-    devices = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-    if values.device not in devices:
-        parser.error(f'--device must be {" or ".join(devices)}')
     try:
         return Hyperparameters(**vars(values))
     except ValueError as error:
@@ -178,10 +176,10 @@ def read_hyperparameters(words):
 
 # Copied from synchronous_kgraph/main.py
 def children_of(settings):
-    """For each MACH the list of those that feed it: all others, or a few.
+    """For each MACH the list of its children: all others, or `neighbours`.
 
-    A few are those at some distances round a ring, drawn by the seed and the
-    same for all, so that everybody has as many parents as children.
+    Fewer children are the MACHs at some distances round a ring. The seed draws
+    these distances, the same for all, so every MACH has as many parents.
     """
     k, count = settings.k, settings.neighbours or settings.k - 1
     distances = random.Random(settings.seed).sample(range(1, k), count)
@@ -192,23 +190,25 @@ def children_of(settings):
 
 # Copied from synchronous_sequence/main.py
 def make_networks(settings):
-    """Of each MACH its children, its network and its student (None without)."""
+    """For each MACH its children, its network and its student (None without)."""
     torch.manual_seed(settings.seed)
     made = []
-    for own in children_of(settings):
+    for children in children_of(settings):
+        count, student = len(children), None
         with torch.device(settings.device):
-            mach = model.Mach(len(own), settings.hidden, settings.embedding)
-            learner = student.Student(len(own), settings.student_hidden,
-                                      settings.embedding) if own else None
+            network = Mach(count, settings.hidden, settings.embedding)
+            if children:
+                student = Student(count, settings.student_hidden,
+                                  settings.embedding)
         if made:  # all heads start alike: a direction means the same class
-            mach.head.load_state_dict(made[0][1].head.state_dict())
-        made.append((own, mach, learner))
+            network.head.load_state_dict(made[0][1].head.state_dict())
+        made.append((children, network, student))
     return made
 
 
 # Copied from asynchronous_sequence/main.py
 def make_trainers(settings, dataset):
-    """One trainer for each MACH, and links between those that exchange.
+    """One Trainer for each MACH, with Links between neighbours.
 
     Raises:
         data.DataError: the shards or the batch size cannot be.
@@ -216,17 +216,17 @@ def make_trainers(settings, dataset):
     batches = data.deal(dataset, settings.k, settings.shards,
                         settings.batch_size, settings.seed, settings.device)
     trainers = [
-        trainer.Trainer(i, mach, learner, own, batches[i], settings)
-        for i, (own, mach, learner) in enumerate(make_networks(settings))
+        Trainer(i, network, student, children, batches[i], settings)
+        for i, (children, network,
+                student) in enumerate(make_networks(settings))
     ]
     for one in trainers:
-        for child in one.children:
+        for child in one.exchange.children:
             for i, j in ((one.index, child), (child, one.index)):
-                trainers[i].links[j] = link.Link(trainers[j].mailbox,
-                                                 settings.latency,
-                                                 settings.jitter,
-                                                 settings.loss_rate,
-                                                 f'{settings.seed} {i} {j}')
+                trainers[i].exchange.links[j] = Link(
+                    trainers[j].exchange.mailbox, settings.latency,
+                    settings.jitter, settings.loss_rate,
+                    f'{settings.seed} {i} {j}')
     return trainers
 
 
@@ -235,192 +235,188 @@ def make_trainers(settings, dataset):
 
 # Copied from asynchronous_sequence/main.py
 class Turns:
-    """Lets so many MACHs compute at once, in the order asked: tickets.
+    """Lets `count` MACHs compute at once, in the order in which they asked.
 
-    Nobody waits for a message here, only for a core, as any thread does. Left
-    to the scheduler, all fight for Python's one lock in the midst of a step.
+    A MACH waits here for a core, as any thread does, never for a message. Without
+    turns, many threads fight for Python's one lock in the midst of their steps.
     """
 
     def __init__(self, count):
-        self._drawn, self._called, self._skipped = 0, count, False
-        self._change = threading.Condition()
+        self._free, self._waiting = count, collections.deque()
+        self._lock = threading.Lock()
 
     def __enter__(self):
-        with self._change:
-            ticket, self._drawn = self._drawn, self._drawn + 1
-            # Who has waited 10 s goes on without: a step may take longer.
-            self._skipped |= not self._change.wait_for(
-                lambda: ticket < self._called, 10)
+        turn = threading.Event()
+        with self._lock:
+            self._free -= 1
+            if self._free >= 0:
+                return
+            self._waiting.append(turn)
+        turn.wait(10)  # seconds; the steps before it may last longer
 
     def __exit__(self, *_):
-        with self._change:
-            self._called += 1
-            # They wait in the order of their tickets, until one is skipped.
-            self._change.notify(self._drawn if self._skipped else 1)
+        with self._lock:
+            self._free += 1
+            if self._waiting:
+                self._waiting.popleft().set()
 
 
-TURNS = Turns(CORES + 1)  # one more, for while another waits for Python's lock
+TURNS = Turns(CORES + 1)  # one more, while another waits for Python's lock
 
 
 # Copied from asynchronous_sequence/main.py
-def work(mach, settings, events, halt):
-    """A MACH's thread: it steps, then serves and teaches until `halt` is set.
+def work(trainer, settings, events, halt):
+    """A MACH's thread: it trains, then serves until `halt` is set.
 
-    Events to the main thread are (kind, content): 'step' with lists of fields;
-    'copy' and, at the end, 'ended' with what `copy()` gives, made here as no
-    other thread touches a MACH; 'failed' with its last counts and the reason.
-
-    Args:
-        mach: its trainer.
+    Each event for the main thread is a list of fields of `step` lines and a dict
+    of Snapshots. They are made here: no other thread touches a MACH.
     """
-    turn = TURNS
-    if settings.inputs == 'real':  # who waits in a step must not hold a turn
-        turn = contextlib.nullcontext()
-    autocast = torch.autocast(settings.device.split(':')[0],
-                              torch.bfloat16,
-                              settings.precision == 'bf16',
-                              cache_enabled=False)  # weights change each step
+    turns = TURNS
+    if settings.inputs == 'real':  # a MACH that waits for answers needs no turn
+        turns = contextlib.nullcontext()
     every = settings.evaluate_every or settings.steps
-    mach.tally.begin()
+    trainer.tally.begin()
     try:
-        with autocast:
-            if mach.steps_taken:  # resumed; who has finished takes no step more
-                events.put(('copy', mach.copy()))
-            while mach.steps_taken < settings.steps and not halt.is_set():
-                began = time.perf_counter()
-                with turn:
-                    mach.step(halt.is_set)
-                if mach.index == settings.slow_mach:
-                    spent = time.perf_counter() - began
-                    halt.wait(spent * (settings.slow_factor - 1))
-                if mach.steps_taken % settings.log_every == 0:
-                    events.put(('step', [mach.tally.report()]))
-                if (mach.steps_taken % every == 0 or
-                        mach.steps_taken == settings.steps):
-                    events.put(('copy', mach.copy()))
-                if (mach.steps_taken % settings.checkpoint_every == 0 or
-                        mach.steps_taken == settings.steps):
-                    checkpoint.save(mach, settings.checkpoint)
-            while not halt.is_set():
-                mach.serve(0.05)
-            mach.serve(0)
-        checkpoint.save(mach, settings.checkpoint)  # its student has learnt on
-        events.put(('ended', mach.copy()))
+        if trainer.steps_taken:  # resumed
+            events.put(([], trainer.snapshot()))
+        while not trainer.finished and not halt.is_set():
+            began = time.perf_counter()
+            with turns:
+                trainer.step(halt.is_set)
+            if trainer.index == settings.slow_mach:
+                spent = time.perf_counter() - began
+                halt.wait(spent * (settings.slow_factor - 1))
+            if trainer.steps_taken % settings.log_every == 0:
+                events.put(([trainer.tally.report()], {}))
+            if trainer.steps_taken % every == 0 or trainer.finished:
+                events.put(([], trainer.snapshot()))
+            if trainer.steps_taken % settings.checkpoint_every == 0:
+                checkpoint.save(trainer, settings.checkpoint)
+        while not halt.is_set():
+            trainer.serve(0.05)
+        checkpoint.save(trainer, settings.checkpoint)
+        events.put(([], trainer.snapshot(ended=True)))
     except Exception:  # pylint: disable=broad-except
-        reason = (f'mach {mach.index} failed in step {mach.steps_taken + 1}: '
-                  f'{traceback.format_exc()}')
-        events.put(('failed', (mach.copy(networks=False), reason)))
+        events.put(([], trainer.snapshot(False, ended=True, failed=True)))
+        print(
+            f'{EXPERIMENT}: mach {trainer.index} failed in step '
+            f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}',
+            file=sys.stderr)
 
 
 # Copied from asynchronous_sequence/main.py
 def train(trainers, settings, dataset, node):
-    """Runs the threads and prints what all MACHs tell, until all have ended.
+    """Runs the threads and prints what all MACHs report, until all have ended.
 
-    Nobody rests for an evaluation: whenever the slowest MACH has handed over a
-    copy, the main thread evaluates all the last ones, while they train on. A
-    MACH whose process is gone is not waited for, until it is back.
+    Training does not pause for an evaluation: whenever the slowest MACH has
+    reported, the main thread evaluates the newest Snapshots. It does not wait for
+    a MACH whose process is gone.
 
     Args:
-        trainers: one for each thread.
-        node: this process; once it has a signal, each thread ends after its
-            step.
+        trainers: of this process.
+        node: this process; after a signal each thread ends after its step.
     Returns:
-        A Copy of each MACH, without networks if it failed, is gone or,
-        interrupted, is too late to give some; and the set of the former two.
+        index -> the last Snapshot of each MACH. It has no networks if the MACH
+        failed, is gone, or was interrupted before there were any.
     """
-    halt = threading.Event()
+    # Bounded: if evaluations fall far behind, training waits for them.
+    events, halt = queue.Queue(4 * len(trainers)), threading.Event()
     threads = [
         threading.Thread(target=work,
-                         args=(one, settings, node, halt),
+                         args=(one, settings, events, halt),
                          daemon=True) for one in trainers
     ]
-    copies = {i: trainer.Copy(metrics.Tally(i)) for i in range(settings.k)}
+    snapshots = {i: Snapshot(metrics.Tally(i)) for i in range(settings.k)}
+    evaluated, deadline, running = 0, math.inf, True
     node.begin()
     for thread in threads:
         thread.start()
-    failed, ended, there, slowest, deadline = set(), set(), None, 0, math.inf
     bar = tqdm.tqdm(total=settings.steps * len(trainers),
                     disable=node.rank > 0 or None)
-    while (there != ended or
-           not node.events.empty()) and time.monotonic() < deadline:
+    while running and time.monotonic() < deadline:
         bar.update(sum(one.steps_taken for one in trainers) - bar.n)
-        if node.signal or slowest == settings.steps:
+        if node.signal or evaluated == settings.steps:
             halt.set()
-            patience = 2 if node.signal else 60  # seconds
-            deadline = min(deadline, time.monotonic() + patience)
-        try:
-            kind, content = node.events.get(timeout=0.1)
-        except queue.Empty:
-            kind, content = '', {}
-        if kind == 'step':
-            for fields in content:
-                metrics.say('step', **fields)
-            continue
-        if kind == 'failed':
-            content, reason = content
-            failed |= set(content)
-            if reason:  # else another process says it
-                print(f'{EXPERIMENT}: {reason.rstrip()}', file=sys.stderr)
-        copies |= content
-        ended |= set(content) if kind == 'ended' else set()
-        there = {i for i in copies if i in ended or node.hears(i)} - failed
-        before, slowest = slowest, max(
-            min([copies[i].tally.steps for i in there] or [0]), slowest)
-        if (slowest > before and settings.evaluate_every and metrics.OUTPUTS and
-                not node.signal):
-            mean = metrics.mean(
-                evaluate(copies, settings, dataset.validation_images,
-                         dataset.validation_labels))
-            seconds = max(copy.tally.seconds for copy in copies.values())
-            metrics.say('eval', step=slowest, **mean, seconds=seconds)
+            seconds = 2 if node.signal else 60  # a step may last longer
+            deadline = min(deadline, time.monotonic() + seconds)
+        lines, news = node.news()
+        with contextlib.suppress(queue.Empty):
+            own_lines, own_news = events.get(timeout=0.1)
+            node.tell(own_lines, own_news)
+            lines, news = lines + own_lines, news | own_news
+        for fields in lines:
+            metrics.say('step', **fields)
+        snapshots |= news
+        here = [
+            one for i, one in snapshots.items()
+            if not one.failed and (one.ended or node.hears(i))
+        ]
+        running = not all(one.ended for one in here)
+        slowest = min([one.tally.steps for one in here] or [0])
+        if slowest > evaluated and not node.signal:
+            evaluated = slowest
+            if settings.evaluate_every and metrics.OUTPUTS:
+                say_eval(snapshots, settings, dataset)
     halt.set()
+    bar.close()
     for thread in threads:
         thread.join(0.1)
-    bar.close()
-    for i in set(copies) - there - failed:  # gone: its last counts alone
-        copies[i] = node.heard.get(i, trainer.Copy(metrics.Tally(i)))
-    return copies, set(copies) - there
+    for i, one in snapshots.items():
+        if not one.ended and not node.hears(i):
+            snapshots[i] = Snapshot(node.tally(i))
+    return snapshots
 
 
 # ----------------------------------------------------------------- evaluation
 
 
-# Copied from synchronous_sequence/main.py
-@torch.no_grad()
-def evaluate(copies, settings, images, labels):
-    """Accuracies of all MACHs, in percent; NaN where there are no networks.
+# Copied from synchronous_single/main.py
+def say_eval(snapshots, settings, dataset):
+    """Prints the `eval` line of the slowest MACH's step, on validation images."""
+    mean = metrics.mean(
+        evaluate(snapshots, settings, dataset.validation_images,
+                 dataset.validation_labels))
+    tallies = [one.tally for one in snapshots.values() if not one.failed]
+    metrics.say('eval',
+                step=min(tally.steps for tally in tallies),
+                **mean,
+                seconds=max(tally.seconds for tally in tallies))
 
-    `synthetic`: it answers alone, on its student's inputs. `real`: its children
-    answer, and theirs, to the experiment's depth; where a child has no networks,
-    the synthetic input stays.
+
+# Copied from synchronous_sequence/main.py
+@torch.inference_mode()
+def evaluate(snapshots, settings, images, labels):
+    """Accuracies of all MACHs, in percent; NaN for one without networks.
+
+    `synthetic`: the MACH answers alone, on its student's inputs. `real`: its
+    children answer, and theirs, to the experiment's depth. The synthetic input of
+    a child without networks stays.
 
     Args:
-        copies: MACH -> Copy.
+        snapshots: index -> Snapshot.
         images: uint8 [N, 784]; labels: [N].
     Returns:
         A list of dict(mach, synthetic, real), in order.
     """
     children, found = children_of(settings), {}
-    there = {i: copy for i, copy in copies.items() if copy.mach}
-    for i in sorted(copies):
+    there = {i: one for i, one in snapshots.items() if one.network}
+    for i in sorted(snapshots):
         start = 0.0 if i in there else math.nan
         found[i] = dict(mach=i, synthetic=start, real=start)
     for chunk, y in zip(images.split(1000), labels.split(1000)):
         x = data.normalise(chunk.to(settings.device))  # [B, 784]
-        local = {i: copy.mach.local_part(x) for i, copy in there.items()}
-        inputs = {i: c.student and c.student(x) for i, c in there.items()}
+        inputs = {i: one.student and one.student(x) for i, one in there.items()}
         for depth in range(settings.depth + 1):
-            d = {}  # MACH -> [B, E]
-            for i, copy in there.items():
-                d[i] = torch.relu(local[i] + copy.mach.joined_part(inputs[i]))
-                right = (copy.mach.head(d[i]).cpu().argmax(1) == y).sum().item()
-                right *= 100 / len(labels)
-                found[i]['synthetic'] += right * (depth == 0)
-                found[i]['real'] += right * (depth == settings.depth)
-            for i in there:
+            d = {i: one.network(x, inputs[i]) for i, one in there.items()}
+            for i, one in there.items():
+                right = one.network.head(d[i]).argmax(1).cpu() == y
+                points = 100 * right.sum().item() / len(labels)
+                found[i]['synthetic'] += points * (depth == 0)
+                found[i]['real'] += points * (depth == settings.depth)
                 for position, child in enumerate(children[i]):
                     if child in there:  # inputs [B, C, E]
-                        inputs[i][:, position] = d[child]
+                        answer = there[child].network.answer(d[child])
+                        inputs[i][:, position] = answer
     return list(found.values())
 
 
@@ -431,13 +427,12 @@ def evaluate(copies, settings, images, labels):
 def main(words):
     """Runs the experiment and prints its log; returns the exit status."""
     settings = read_hyperparameters(words)
+    settings.precision = metrics.choose_precision(settings.precision,
+                                                  settings.device)
     try:
-        dataset = data.load(settings.data, settings.validation,
-                            settings.strict_data)
+        dataset = data.load(settings.data, settings.validation)
         node = processes.Node(settings, dataset.name)
         trainers = node.adopt(make_trainers(settings, dataset))
-        settings.precision = metrics.choose_precision(settings.precision,
-                                                      settings.device)
         if settings.checkpoint:
             pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
             settings.resume |= node.restarted
@@ -449,19 +444,22 @@ def main(words):
     except (data.DataError, OSError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         return 2
-    if not node.restarted:  # else these lines are there
+    if not node.restarted:  # else the log has these lines
         metrics.say_run(EXPERIMENT, dataset, settings)
     if settings.dry_run:
         return 0
-    copies, failed = train(trainers, settings, dataset, node)
+    snapshots = train(trainers, settings, dataset, node)
     torch.set_num_threads(CORES)
     if metrics.OUTPUTS:
         metrics.say_finals(EXPERIMENT, dataset, settings, [
-            found | copies[found['mach']].tally.totals() for found in evaluate(
-                copies, settings, dataset.test_images, dataset.test_labels)
+            found | snapshots[found['mach']].tally.totals()
+            for found in evaluate(snapshots, settings, dataset.test_images,
+                                  dataset.test_labels)
         ])
     node.leave()
-    return 128 + node.signal if node.signal else int(bool(failed))
+    if node.signal:
+        return 128 + node.signal
+    return int(any(one.network is None for one in snapshots.values()))
 
 
 if __name__ == '__main__':
@@ -474,4 +472,4 @@ if __name__ == '__main__':
     except OSError as error:  # stdout is closed or full
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         status = 1
-    os._exit(status)  # not held up by a thread in the midst of a step
+    os._exit(status)  # without waiting for a thread in the midst of a step

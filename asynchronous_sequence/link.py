@@ -1,11 +1,9 @@
-"""Messages between MACHs, the links that carry them, the mailboxes they fill.
+"""The messages between MACHs, and the links and mailboxes that carry them.
 
-A MACH knows a neighbour only as a link with a `send` that never waits. Here a
-link ends in a mailbox of the same process, at once or as late and as lossy as a
-network would be; one over processes or hosts needs the same one method.
+A MACH knows a neighbour only as a link. `send` never waits. Here a link ends in a
+mailbox of the same process. It can delay and lose messages, as a network would.
 """
 
-import collections
 import dataclasses
 import heapq
 import itertools
@@ -19,9 +17,9 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Spike:
-    """A forward query: what do you make of x?"""
+    """A forward query: what is your answer about x?"""
     key: tuple  # (index of the asker, number), unique
-    sender: int  # index of the MACH that asks
+    sender: int  # index of the asker
     x: torch.Tensor  # [B, 784]
     depth: int  # edges it may still travel; 0: answer on synthetic inputs
 
@@ -29,25 +27,26 @@ class Spike:
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What a Spike brings back."""
-    key: tuple  # that of the Spike
+    key: tuple  # of the Spike
     sender: int  # index of the MACH that answers
-    embedding: torch.Tensor  # [B, E], d(x), free of dropout
-    version: int  # steps the sender had taken when it computed it
+    value: torch.Tensor  # [B, E], a(x), computed without dropout
+    version: int  # steps the sender had taken when it computed `value`
+    depth: int  # of the Spike
 
 
 @dataclasses.dataclass(frozen=True)
 class Grad:
     """A backward message, sent and forgotten."""
-    key: tuple  # that of the Spike about the same x
+    key: tuple  # of the Spike about the same x
     sender: int  # index of the parent
     x: torch.Tensor  # [B, 784]
-    gradient: torch.Tensor  # [B, E], dL/dd(x), L the loss of a MACH further up
+    gradient: torch.Tensor  # [B, E], dL/da(x), L the loss of a MACH further up
     version: int  # the receiver's step count that the sender last saw; or -1
     depth: int  # edges it may still travel
 
 
 def is_finite(message):
-    """False if one of its tensors has a NaN or an infinity."""
+    """Whether none of the message's tensors has a NaN or an infinity."""
     return all(
         math.isfinite(value.sum())
         for value in vars(message).values()
@@ -55,19 +54,19 @@ def is_finite(message):
 
 
 class Mailbox:
-    """What has arrived at one MACH, or is on its way. Bounded: the oldest goes.
+    """Messages that are on their way to one MACH, or have arrived.
 
     Args:
-        limit: messages held at most.
+        limit: most messages it holds; the oldest one makes room.
         clock: gives seconds.
     """
 
-    def __init__(self, limit, clock=time.monotonic):
+    def __init__(self, limit=1024, clock=time.monotonic):
         self.limit, self.clock = limit, clock
-        self.dropped = 0  # messages that had to go
+        self.dropped = 0  # messages that made room
         self._messages = []  # heap of (when due, number, message)
         self._numbers = itertools.count()  # keeps order where dues are equal
-        # Guards a few pointer moves, never a computation.
+        # It guards a few pointer moves, never a computation.
         self._arrival = threading.Condition()
 
     def put(self, message, delay=0.0):
@@ -81,9 +80,9 @@ class Mailbox:
             self._arrival.notify()
 
     def collect(self, timeout=0.0):
-        """Takes all that are due, in that order; waits up to `timeout` s.
+        """Takes all messages that are due, in that order.
 
-        It may come back earlier with none.
+        It waits for the first one up to `timeout` seconds, or less.
         """
         with self._arrival:
             first = self._messages[0][0] if self._messages else math.inf
@@ -96,51 +95,13 @@ class Mailbox:
         return due
 
 
-class Recent:
-    """The last messages of one kind from one neighbour, as a MACH's steps use them.
-
-    A flood is spread over the steps after it and a drought bridged: a step finds
-    as much to learn from, whoever is scheduled when.
-
-    Args:
-        limit: messages kept.
-    """
-
-    def __init__(self, limit):
-        self._kept = collections.deque(maxlen=limit)  # [message, its last use]
-        self._uses = itertools.count(1)
-
-    def add(self, message):
-        """Returns how many had to go that were never used."""
-        full = len(self._kept) == self._kept.maxlen
-        lost = int(full and not self._kept[0][1])
-        self._kept.append([message, 0])
-        return lost
-
-    def new(self):
-        """Those not yet used, the newest first, each with its last use: 0."""
-        return [entry for entry in reversed(self._kept) if not entry[1]]
-
-    def take(self, everything, again):
-        """A list of the newest not yet used; of all of them if `everything`.
-
-        If there are none, `again` gives the one whose last use is longest ago.
-        """
-        taken = self.new()[:None if everything else 1]
-        if again and not taken and self._kept:
-            taken = [min(self._kept, key=lambda entry: entry[1])]
-        for entry in taken:
-            entry[1] = next(self._uses)
-        return [message for message, _ in taken]
-
-
 class Link:
     """One direction of an edge.
 
     Args:
         mailbox: where it ends.
         latency: seconds that every message is on its way.
-        jitter: up to so many seconds more: one sent later may come earlier.
+        jitter: most seconds more, at random; messages may overtake each other.
         loss_rate: the share of messages that never arrive.
         seed: of what is drawn.
     """
@@ -149,12 +110,12 @@ class Link:
         self._mailbox, self._random = mailbox, random.Random(seed)
         self._latency, self._jitter = latency, jitter
         self._loss_rate = loss_rate
-        self.lost = self.dropped = 0  # messages, counted by who sends
+        self.lost = self.dropped = 0  # messages, counted by the sender
 
     def send(self, message):
-        """Takes the message away and returns at once, whatever becomes of it.
+        """Takes the message and returns at once.
 
-        Its tensors are never written to afterwards, by either side.
+        Neither side ever writes to the message's tensors again.
         """
         if self._random.random() < self._loss_rate:
             self.lost += 1

@@ -1,18 +1,18 @@
 """The student: synthetic inputs, made on the spot, that mimic the children."""
-# Copied from synchronous_single/student.py
+# Copied from synchronous_sequence/student.py
 
 from torch import nn
 
 
 class Student(nn.Module):
-    """Answers in the children's place, so that nobody waits for them.
+    """Answers in the children's place, so that a step need not wait for them.
 
     The forward half of a Decoupled Neural Interface (Jaderberg et al. 2017,
-    arXiv 1608.05343, section 2.1), one for all the children of a MACH. It learns
-    from the synthetic loss alone, and that touches nothing else.
+    arXiv 1608.05343, section 2.1), one for all the children of a MACH. Only the
+    synthetic loss trains it, and that loss trains nothing else.
 
     Args:
-        children: C, how many MACHs are mimicked.
+        children: C, how many MACHs it mimics.
         hidden: width of the two hidden layers.
         embedding: E, the width of one child's answer.
         pixels: width of one flattened image.
@@ -22,11 +22,11 @@ class Student(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(  # x [B, 784] -> [B, C, E]
             nn.Linear(pixels, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
-            nn.ReLU(), nn.Linear(hidden, children * embedding), nn.ReLU(),
+            nn.ReLU(), nn.Linear(hidden, children * embedding),
             nn.Unflatten(1, (children, embedding)))
 
     def forward(self, x):
-        """x [B, 784] -> synthetic inputs [B, C, E]; slice j mimics d_j(x)."""
+        """x [B, 784] -> synthetic inputs [B, C, E]; slice j mimics a_j(x)."""
         return self.layers(x).to(x.dtype)
 
 

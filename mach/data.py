@@ -1,17 +1,16 @@
-"""MNIST, or digits drawn here where MNIST cannot be had, as uint8 in memory.
+"""MNIST as uint8 tensors in memory, or drawn digits where there is no MNIST.
 
-`load` gives a `Dataset`, `deal` the endless mini-batches of each of k MACHs.
-No function here touches a global random generator.
+`load` gives a `Dataset`. `deal` gives each of k MACHs its endless batches.
+Every function takes its own seed.
 """
 
 import contextlib
 import dataclasses
-import gzip
-import hashlib
+import functools
 import os
 import pathlib
+import shutil
 import socket
-import stat
 import sys
 import tempfile
 import threading
@@ -22,79 +21,64 @@ from torch.nn import functional
 from torchvision import datasets
 
 CLASSES = 10
-SIDE = 28  # pixels; an image is SIDE * SIDE of them, row by row
-PIXELS = SIDE * SIDE  # 784
+SIDE = 28  # pixels; an image has SIDE rows of SIDE pixels
+PIXELS = SIDE * SIDE
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, in 0..1
-# Bytes and MD5 sum of each file once unpacked. torchvision checks what it
-# downloads, but not what it has unpacked: a disk fault would go unseen.
-FILES = {
-    'train-images-idx3-ubyte': (47040016, '6bbc9ace898e44ae57da46a324031adb'),
-    'train-labels-idx1-ubyte': (60008, 'a25bea736e30d166cdddb491f175f624'),
-    't10k-images-idx3-ubyte': (7840016, '2646ac647ad5339dbf082846283269ea'),
-    't10k-labels-idx1-ubyte': (10008, '27ae3e4e09519cfbb04c329615203637'),
+SIZES = {  # bytes of each unpacked file
+    'train-images-idx3-ubyte': 47040016,
+    'train-labels-idx1-ubyte': 60008,
+    't10k-images-idx3-ubyte': 7840016,
+    't10k-labels-idx1-ubyte': 10008,
 }
 
 
 class DataError(Exception):
-    """What is wrong with data, settings, a checkpoint: a line for the user."""
+    """Says in one line what is wrong with data, settings or a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three parts; images are uint8 [N, 784] in 0..255, labels int64 [N]."""
+    """Three parts. Images are uint8 [N, 784] in 0..255, labels int64 [N]."""
     name: str  # 'MNIST' or 'drawn-digits'
     train_images: torch.Tensor
     train_labels: torch.Tensor
-    validation_images: torch.Tensor  # [0, 784] when none are held out
+    validation_images: torch.Tensor  # [0, 784] if validation is 0
     validation_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
 
 
 def load(folder='data', validation=5000, strict=False, deadline=120.0):
-    """Reads MNIST from `folder`, fetching it there first where it is missing.
+    """Reads MNIST from `folder`/MNIST/raw, where the four `.gz` are enough.
 
-    Files lie in `folder`/MNIST/raw, as torchvision has them. The four `.gz`
-    are enough, even in a folder that cannot be written. A damaged file is
-    named on stderr and, once there is another, moved aside to `.corrupt`.
-
-    Args:
-      folder: path; created if MNIST can be fetched.
-      validation: images held out of the training set, always the same ones,
-        equally many of each class (give or take one).
-      strict: raise DataError where MNIST cannot be had. If False, warn on
-        stderr and draw digits in its place.
-      deadline: seconds after which fetching is given up.
-
-    Returns:
-      A Dataset, its images in the order of the files.
+    Missing files are fetched, for at most `deadline` seconds. Where there is
+    no MNIST, a warning on stderr says so and drawn digits take its place.
+    Every run holds out the same `validation` training images. Their counts of
+    two classes differ by at most 1.
 
     Raises:
-      DataError: `folder` is not a usable folder, or `validation` leaves some
-        class without training images, or `strict` and no MNIST.
+      DataError: the folder cannot be used, `validation` leaves a class
+        without training images, or `strict` is True and there is no MNIST.
     """
-    if not 0 < deadline <= threading.TIMEOUT_MAX:
-        raise DataError(f'the deadline must be above 0 s, not {deadline}')
-    raw = pathlib.Path(folder, 'MNIST', 'raw')
     name = 'MNIST'
     try:
-        images, labels, test_images, test_labels = _read_mnist(raw, deadline)
+        images, labels, test_images, test_labels = _read_mnist(folder, deadline)
     except ConnectionError as error:
-        message = (f'MNIST cannot be had: {error}. To fix it, put '
-                   f'{".gz, ".join(FILES)}.gz (from '
-                   f'{datasets.MNIST.mirrors[0]}) in {raw}')
+        message = (f'cannot get MNIST: {error}. To fix it, put '
+                   f'{".gz, ".join(SIZES)}.gz (from '
+                   f'{datasets.MNIST.mirrors[0]}) in {folder}/MNIST/raw')
         if strict:
             raise DataError(message) from error
         print(
-            f'warning: {message}. Drawn digits take its place: expect other '
-            'accuracies.',
+            f'warning: {message}. This run uses drawn digits instead: expect '
+            'other accuracies.',
             file=sys.stderr)
         name = 'drawn-digits'
         images, labels, test_images, test_labels = draw_digits()
     except OSError as error:
         raise DataError(f'cannot use the data folder {folder}: '
                         f'{error.strerror} ({error.filename})') from error
-    by_class = _shuffle_by_class(labels, seed=0)  # the same for every run
+    by_class = _shuffle_by_class(labels, seed=0)
     most = CLASSES * (min(map(len, by_class)) - 1)
     if not 0 <= validation <= most:
         raise DataError(f'the validation set can have 0 to {most} of the '
@@ -107,132 +91,93 @@ def load(folder='data', validation=5000, strict=False, deadline=120.0):
                    labels[held], test_images, test_labels)
 
 
-def _read_mnist(raw, deadline):
-    """Images uint8 [N, 784] and labels int64 [N] of both sets: four tensors.
+def _read_mnist(folder, deadline):
+    """Gives images uint8 [N, 784] and labels int64 [N] of both sets.
 
-    Raises:
-      ConnectionError: a file has to be fetched and cannot be.
-      OSError: the folder `raw` can be neither read nor created.
+    Missing or damaged files are made in a temporary folder first. Raises
+    ConnectionError if that fails, other OSErrors if `folder` cannot be used.
     """
-    created = [path for path in (raw, *raw.parents) if not path.exists()]
-    damaged = []
-    contents = _read(raw, FILES, '', damaged)
-    new = _read(raw, FILES.keys() - contents.keys(), '.gz', damaged)
-    missing = FILES.keys() - contents.keys() - new.keys()
-    try:
-        if missing:
-            # That this cannot be is better said before a download than after.
-            raw.parent.parent.mkdir(parents=True, exist_ok=True)
-            new |= _fetch(missing, deadline)
-        if new:
-            with contextlib.suppress(OSError):  # a folder only to be read
-                _save(raw, new, damaged)
-    finally:
-        for path in created:  # deepest first; those in use by now stay
-            with contextlib.suppress(OSError):
-                path.rmdir()
-    contents |= new
-    images, labels, test_images, test_labels = (torch.frombuffer(
-        bytearray(contents[name]), dtype=torch.uint8) for name in FILES)
-    # After the headers, which the sums have checked with all the rest.
-    return (images[16:].view(-1, SIDE * SIDE), labels[8:].long(),
-            test_images[16:].view(-1, SIDE * SIDE), test_labels[8:].long())
-
-
-def _read(folder, names, suffix, damaged):
-    """{name: bytes} of the right ones of `names`; `suffix` is '' or '.gz'.
-
-    The paths of wrong ones are named on stderr and go to the list `damaged`.
-    """
-    contents = {}
-    for name in names:
-        path, (size, md5) = folder / (name + suffix), FILES[name]
-        content = b''
+    raw, found = pathlib.Path(folder, 'MNIST', 'raw'), []
+    with contextlib.suppress(FileNotFoundError):
+        found = [raw / name for name in os.listdir(raw) if name in SIZES]
+    damaged = [one for one in found if one.stat().st_size != SIZES[one.name]]
+    if len(found) == len(SIZES) and not damaged:
         try:
-            if stat.S_ISREG(path.stat().st_mode):  # to open a fifo may hang
-                with (gzip.open if suffix else open)(path, 'rb') as file:
-                    content = file.read(size + 1)  # it may unpack to anything
-        except FileNotFoundError:
-            continue
-        except (gzip.BadGzipFile, EOFError, zlib.error):
-            pass
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
-            contents[name] = content
-        else:
-            damaged.append(path)
-            print(
-                f'warning: {path} is damaged (MD5 sum) or no regular file: '
-                'not used',
-                file=sys.stderr)
-    return contents
-
-
-def _save(folder, contents, damaged):
-    """Puts files into `folder` whole, moving the `damaged` out of the way.
-
-    A run that is killed, or another that starts now, never meets half a file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.mnist-', dir=folder) as staging:
-        for name, content in contents.items():
-            pathlib.Path(staging, name).write_bytes(content)
+            return _parse(folder)
+        except (AssertionError, LookupError, RuntimeError, ValueError):
+            damaged = found  # torchvision does not say which file it is
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as staging:
+        new = pathlib.Path(staging, 'MNIST', 'raw')
+        new.mkdir(parents=True)
+        for gz, md5 in datasets.MNIST.resources:
+            if datasets.utils.check_integrity(raw / gz, md5):
+                shutil.copyfile(raw / gz, new / gz)
+            elif (raw / gz).exists():
+                damaged.append(raw / gz)
         for path in damaged:
-            path.replace(f'{path}.corrupt')
-            print(f'warning: {path} moved to {path}.corrupt', file=sys.stderr)
-        for name in contents:
-            pathlib.Path(staging, name).replace(folder / name)
+            print(f'warning: {path} is damaged: it is not used',
+                  file=sys.stderr)
+        _fetch(staging, deadline)
+        raw.mkdir(parents=True, exist_ok=True)
+        # Another run never sees half a file, because `replace` is atomic. A
+        # folder that cannot be written stays as it is.
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(
+                prefix='.mnist-', dir=raw) as beside:
+            for name in SIZES:
+                copy = pathlib.Path(beside, name)
+                shutil.copyfile(new / name, copy)
+                copy.replace(raw / name)
+        return _parse(staging)
 
 
-def _fetch(names, seconds):
-    """{name: unpacked bytes} of `names`; ConnectionError after `seconds`."""
-    fetcher = datasets.MNIST.__new__(datasets.MNIST)  # its __init__ would read
-    fetcher.mirrors = list(datasets.MNIST.mirrors)
-    fetcher.resources = [(gz, md5)
-                         for gz, md5 in datasets.MNIST.resources
-                         if gz.removesuffix('.gz') in names]
-    errors = []
+def _parse(folder):
+    """Reads four good files, as _read_mnist gives them."""
+    sets = [datasets.MNIST(folder, train=train) for train in (True, False)]
+    return [part for one in sets for part in (one.data.flatten(1), one.targets)]
+
+
+def _fetch(folder, seconds):
+    """Lets torchvision download and unpack the files that `folder` lacks.
+
+    Raises ConnectionError if that fails or takes longer than `seconds`.
+    """
+    fetcher = datasets.MNIST.__new__(datasets.MNIST)  # its __init__ would wait
+    fetcher.root, fetcher.mirrors = folder, list(datasets.MNIST.mirrors)
+    errors = [f'no answer within {seconds:.3g} s']
 
     def work():
         try:
             fetcher.download()
-        except Exception as error:  # of any library under torchvision
-            errors.append(error)
+            errors.clear()
+        except Exception as error:  # torchvision passes on errors of all kinds
+            errors[:] = [error]
 
-    # torchvision waits without limit. The sockets' limit lets every mirror
-    # have its turn; the thread's holds where a socket's does not (names being
-    # resolved, a trickle of bytes).
-    thread = threading.Thread(target=work, daemon=True)
+    # The time limit of sockets gives every mirror its turn. The time limit of
+    # the thread also ends a slow name lookup and a trickle of bytes.
     before = socket.getdefaulttimeout()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as staging:
-        fetcher.root = staging
-        socket.setdefaulttimeout(min(seconds / 4, 15))
-        try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is the log
-                thread.start()
-                thread.join(seconds)
-        finally:
-            fetcher.mirrors.clear()  # so that the present one is the last
-            socket.setdefaulttimeout(before)
-        if thread.is_alive():
-            raise ConnectionError(f'no answer within {seconds:.3g} s')
-        if errors:
-            raise ConnectionError(' '.join(str(errors[0]).split()))
-        contents = _read(pathlib.Path(fetcher.raw_folder), names, '', [])
-    if contents.keys() != names:
-        raise ConnectionError('what was fetched is wrong')
-    return contents
+    socket.setdefaulttimeout(min(seconds / 4, 15))
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the log
+            thread.start()
+            thread.join(seconds)
+    finally:
+        fetcher.mirrors.clear()  # a late thread tries no other mirror
+        socket.setdefaulttimeout(before)
+    if errors:
+        raise ConnectionError(' '.join(str(errors[0]).split()))
 
 
 def normalise(images):
     """uint8 [B, 784] to float32 [B, 784], (x / 255 - mean) / deviation."""
-    # Base plus scaled bytes: one pass, which also converts to float.
+    # One pass scales, shifts and converts to float.
     return torch.add(torch.tensor(-MEAN / DEVIATION),
                      images,
                      alpha=1 / (255 * DEVIATION))
 
 
 def denormalise(x):
-    """The uint8 [B, 784] of which normalise makes x [B, 784]; else the nearest."""
+    """float32 [B, 784] to the nearest uint8 [B, 784]. Inverts normalise."""
     return x.mul(255 * DEVIATION).add_(255 * MEAN).round_().clamp_(0, 255).to(
         torch.uint8)
 
@@ -240,13 +185,10 @@ def denormalise(x):
 def deal(dataset, k, shards, batch_size, seed, device='cpu'):
     """Gives k Batches of a Dataset's training set, one for each MACH.
 
-    `make_shards` says what `k` and `shards` mean. MACH i's order of images is
-    drawn by `seed` * 1009 + i.
-
-    Raises:
-      DataError: as make_shards and Batches.
+    `make_shards` explains `k` and `shards`, and raises DataError as Batches
+    does. The order of MACH i's images depends on `seed` * 1009 + i.
     """
-    images = dataset.train_images.to(device)  # one copy for all
+    images = dataset.train_images.to(device)  # one copy for all MACHs
     labels = dataset.train_labels
     return [
         Batches(images, labels, indices, batch_size, seed * 1009 + i, device)
@@ -255,21 +197,12 @@ def deal(dataset, k, shards, batch_size, seed, device='cpu'):
 
 
 def make_shards(labels, k, kind='disjoint', seed=0):
-    """Says which training images each of `k` MACHs may see.
+    """Chooses training images for `k` MACHs: k int64 tensors of indices.
 
-    Args:
-      labels: int64 [N].
-      k: how many MACHs, at least 1.
-      kind: 'disjoint': each image goes to exactly one shard, and both the
-        shards' sizes and their counts of any one class differ by at most 1.
-        'full': every shard is all of them (one tensor, k times).
-      seed: which images go where, for 'disjoint'.
-
-    Returns:
-      k int64 tensors of indices into `labels`.
-
-    Raises:
-      DataError: k is below 1 or, for 'disjoint', above the smallest class.
+    The kind 'full' puts every image into every shard. The kind 'disjoint' puts
+    each image into one shard, chosen by `seed`. The sizes of two such shards
+    differ by at most 1, and so do their counts of each class.
+    Raises DataError if k is below 1 or disjoint shards would lack a class.
     """
     if k < 1:
         raise DataError(f'need at least 1 shard, not {k}')
@@ -282,14 +215,13 @@ def make_shards(labels, k, kind='disjoint', seed=0):
     if k > most:
         raise DataError(f'{k} disjoint shards cannot each have every class: '
                         f'{most} is the largest number possible')
-    # Dealing on from class to class, without going back to shard 0 for each,
-    # keeps the sizes within 1 of each other.
+    # One deck of all classes keeps the sizes within 1 of each other.
     deck = torch.cat(by_class)
     return [deck[shard::k].sort().values for shard in range(k)]
 
 
 def _shuffle_by_class(labels, seed):
-    """For each class in `labels` [N], its indices in an order drawn by seed."""
+    """Gives the shuffled indices of each class in `labels` [N]."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     mixed = labels[order]
@@ -297,33 +229,29 @@ def _shuffle_by_class(labels, seed):
 
 
 class Batches:
-    """Endless shuffled mini-batches of one shard.
+    """Iterates without end over shuffled mini-batches of one shard.
 
-    Every image comes once per epoch, in an order drawn anew for each. Where an
-    epoch does not end with a batch, that batch goes on into the next epoch, so
-    none is short and no image is left out.
+    Each epoch has every image once, in a new order. A batch may begin in one
+    epoch and end in the next, so all batches have the same size.
+
+    Takes images uint8 [N, 784], labels int64 [N] and the shard's indices [n].
+    Raises DataError if batch_size is not in 1 .. n.
     """
 
     def __init__(self, images, labels, indices, batch_size, seed, device='cpu'):
-        """Images uint8 [N, 784], labels int64 [N], the shard's indices [n].
-
-        Raises:
-          DataError: batch_size is not in 1 .. n.
-        """
         if not 1 <= batch_size <= len(indices):
             raise DataError(f'batch_size {batch_size} does not fit a shard of '
                             f'{len(indices)} images: 1 to {len(indices)} does')
         self._images, self._labels = images.to(device), labels.to(device)
         self._indices, self._size = indices, batch_size
         self._generator = torch.Generator().manual_seed(seed)
-        self._queue = indices[:0]  # what is left of the epoch
+        self._queue = indices[:0]  # the indices that are left of the epoch
 
-    def next(self):
-        """Gives x float32 [batch_size, 784] and y int64 [batch_size].
+    def __iter__(self):
+        return self
 
-        x is normalised. Both are new memory at each call: they travel as
-        messages, which must not change under their reader.
-        """
+    def __next__(self):
+        """Gives normalised x [B, 784] and y int64 [B], in new memory."""
         if len(self._queue) < self._size:
             order = torch.randperm(len(self._indices),
                                    generator=self._generator)
@@ -333,27 +261,24 @@ class Batches:
         return (normalise(self._images.index_select(0, rows)),
                 self._labels.index_select(0, rows))
 
-    def state(self):
-        """Which batches are to come, for `restore`: tensors and numbers."""
+    def state_dict(self):
+        """Gives the position in the epoch and a checksum of the labels."""
         labels = self._labels.cpu()[self._indices]
         return dict(generator=self._generator.get_state(),
                     queue=self._queue.clone(),
                     labels=zlib.crc32(labels.numpy()))
 
-    def restore(self, state):
-        """Goes on from the state of another that has the same images.
-
-        Raises:
-          DataError: it had others.
-        """
-        if state['labels'] != self.state()['labels']:
+    def load_state_dict(self, state):
+        """Continues at `state`, or raises DataError if it has other labels."""
+        if state['labels'] != self.state_dict()['labels']:
             raise DataError('the training images are others than before')
         self._generator.set_state(state['generator'].cpu())
         self._queue = state['queue'].cpu()
 
 
-# Ways to write each digit. A way is strokes, a stroke a smooth curve through
-# points, a point two figures: x (0 left) and y (0 top, 9 bottom).
+# GLYPHS[d] has the ways to write digit d. A way is one or more strokes, with |
+# between them. A stroke is a smooth curve through points. A point is two
+# figures, x (0 is left) and y (0 is top, 9 is bottom).
 GLYPHS = (
     ('50 21 04 17 49 78 95 81 50', '60 31 16 38 59 78 75 61 51'),
     ('50 59', '23 50|50 59', '60 39', '32 50|50 59|29 79'),
@@ -371,46 +296,28 @@ GLYPHS = (
 def draw_digits(train=60000, test=10000, seed=0):
     """Draws images like MNIST's, about as many of each class.
 
-    Each digit is a few pen strokes, shaken, then turned, slanted, stretched,
-    shifted and bent, in its own thickness and brightness, with pixel noise.
-    The warps' strengths are chosen so that a linear model gets fewer right
-    than on MNIST while a multilayer perceptron does about as well.
-
-    Args:
-      train, test: how many images.
-      seed: the same seed draws the same images.
+    A digit is a few pen strokes. They are shaken, turned, slanted, stretched,
+    shifted and bent. Thickness and brightness vary, and pixels have noise. A
+    linear model gets fewer digits right than on MNIST, a multilayer
+    perceptron about as many. This takes a second if torch has one thread.
+    It can take twenty if torch has more threads than there are idle cores.
 
     Returns:
-      Train images uint8 [train, 784] and labels int64 [train], then test's.
+      Images uint8 [train, 784], labels int64 [train], then the test set's.
     """
-    threads = torch.get_num_threads()
-    # Two seconds with one thread; with more, waiting for a core that another
-    # program holds, at each of these short operations, can take ten times it.
-    torch.set_num_threads(1)
-    try:
-        images, labels = _draw(train + test, seed)
-    finally:
-        torch.set_num_threads(threads)
-    return images[:train], labels[:train], images[train:], labels[train:]
-
-
-def _draw(count, seed, variants=60):
-    """Images uint8 [count, 784] and labels int64 [count]."""
+    variants = 60  # drawings of each digit, before the warps
     generator = torch.Generator().manual_seed(seed)
 
     def normal(scale, *shape):
         return scale * torch.randn(shape, generator=generator)
 
     distances = _distances(variants, normal)
-    labels = torch.arange(count) % CLASSES
-    labels = labels[torch.randperm(count, generator=generator)]
-    # A warp is a weighted sum of these fields [28, 784]: constant (shifts), x
-    # and y (linear maps), and 25 smooth bumps (bends).
-    bumps = functional.interpolate(torch.eye(25).view(25, 1, 5, 5),
-                                   (SIDE, SIDE),
-                                   mode='bicubic',
-                                   align_corners=True).flatten(1)
-    fields = torch.cat([torch.ones(1, SIDE * SIDE), _pixels(SIDE).T, bumps])
+    labels = torch.arange(train + test) % CLASSES
+    labels = labels[torch.randperm(train + test, generator=generator)]
+    # A warp is a weighted sum of fields [28, 784]: a constant (shifts), x and
+    # y (linear maps), and 25 smooth bumps (bends).
+    bumps = _smooth(torch.eye(25).view(25, 1, 5, 5), (SIDE, SIDE)).flatten(1)
+    fields = torch.cat([torch.ones(1, PIXELS), _pixels(SIDE).T, bumps])
     images = []
     for chosen in labels.split(2500):
         n = len(chosen)
@@ -427,31 +334,35 @@ def _draw(count, seed, variants=60):
             normal(.068, n, 2, len(bumps))
         ], 2)
         grid = (weights @ fields).mT.reshape(n, SIDE, SIDE, 2)
-        distance = functional.grid_sample(distances[chosen * variants +
-                                                    variant],
+        drawing = distances[chosen * variants + variant]
+        distance = functional.grid_sample(drawing,
                                           grid,
                                           padding_mode='border',
                                           align_corners=True).flatten(1)
-        # Ink within the pen's half-width, fading out over one pixel (2 / 28).
+        # A threshold on distances gives a pen of any thickness. The ink fades
+        # out over one pixel (2 / 28).
         pen, bright = torch.rand(2, n, 1, generator=generator)
         ink = ((.06 + .07 * pen - distance) * 14 + .5).clamp_(0, 1)
         ink *= .7 + .3 * bright
-        ink += normal(.06, n, SIDE * SIDE)
+        ink += normal(.06, n, PIXELS)
         images.append(ink.clamp_(0, 1).mul_(255).to(torch.uint8))
-    return torch.cat(images), labels
+    images = torch.cat(images)
+    return images[:train], labels[:train], images[train:], labels[train:]
+
+
+_smooth = functools.partial(functional.interpolate,
+                            mode='bicubic',
+                            align_corners=True)
 
 
 def _pixels(side):
-    """x and y of an image's pixels, row by row, from -1 to 1: [side**2, 2]."""
+    """Gives x and y of all pixels, row by row, from -1 to 1: [side**2, 2]."""
     axis = torch.linspace(-1, 1, side)
     return torch.cartesian_prod(axis, axis).flip(1)
 
 
 def _distances(variants, normal, side=32):
-    """Per pixel its distance to the pen's path, [10 * variants, 1, side, side].
-
-    Distances, not ink: once warped, a threshold gives any pen's thickness.
-    """
+    """Gives distances to the pen's path, [10 * variants, 1, side, side]."""
     fields = []
     for ways in GLYPHS:
         for variant in range(variants):
@@ -460,9 +371,7 @@ def _distances(variants, normal, side=32):
                 points = torch.tensor(
                     [[float(x), float(y)] for x, y in stroke.split()])
                 points += normal(.4, *points.shape)
-                curve = functional.interpolate(points.T[None, :, None], (1, 40),
-                                               mode='bicubic',
-                                               align_corners=True)
+                curve = _smooth(points.T[None, :, None], (1, 40))
                 curves.append(curve.view(2, 40).T)
             path = (torch.cat(curves) / 4.5 - 1) * torch.tensor([.5, .7])
             fields.append(torch.cdist(_pixels(side), path).amin(1))

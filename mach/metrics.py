@@ -1,15 +1,16 @@
-"""What a MACH counts, the log every experiment prints, the table of saved logs.
+"""What a MACH counts, the log of every experiment, the table of saved logs.
 
 A line of a log is its kind, then `key value` fields, two spaces between them:
 
     hparams  k 1  steps 3000  batch_size 64
     step  400  mach 2  loss 0.2131  train 97.41
 
-Torch is not imported here, so that comparing logs does not wait for it.
+This file does not import torch, so that `--compare` starts at once.
 """
 
+import contextlib
 import dataclasses
-import importlib.metadata
+import importlib
 import math
 import os
 import platform
@@ -22,37 +23,36 @@ import timeit
 
 import tqdm
 
-KINDS = ('run', 'hparams', 'step', 'eval', 'final')
-# Decimals of what was measured; a hyperparameter of the same name keeps all.
-DECIMALS = dict(train=2, synthetic=2, real=2, staleness=2, loss=4)
-DECIMALS |= dict(synthetic_loss=4, rate=1, seconds=1, steps=0, step=0)
-# Hyperparameters that leave the result alone: runs that differ in nothing else
-# are repetitions of one experiment.
+# Decimals of measured values. A hyperparameter keeps every digit.
+DECIMALS = dict(rate=1, seconds=1, steps=0, loss=4, synthetic_loss=4)
+DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'staleness'), 2)
+# Hyperparameters that do not change the result. Runs that differ in nothing
+# else are repetitions of one experiment.
 BOOKKEEPING = ('seed', 'data', 'strict_data', 'log_every', 'evaluate_every',
                'dry_run', 'checkpoint', 'checkpoint_every', 'resume', 'hosts',
-               'patience', 'log_folder')
-# Where `say` writes: files, None for stdout.
+               'log_folder')
+# The files that `say` writes to; None is stdout.
 OUTPUTS = [None]
-# A MACH with a nan in one of these has failed: it must not flatter the mean.
+# A MACH with nan in one of these fields has failed. The mean becomes nan too.
 RESULTS = ('synthetic', 'real', 'steps', 'rate')
-# How the mean line comes from those of the MACHs, in the order of its keys.
+# How the mean line combines the lines of the MACHs, in the order of its keys.
 COMBINE = dict.fromkeys((*RESULTS, 'staleness'), statistics.fmean)
 COMBINE |= dict(staleness_max=max, dropped=sum, seconds=max, lost=sum)
 
 
 class Tally:
-    """What one MACH counts while it trains; copy.copy() is a snapshot.
+    """What one MACH counts while it trains. copy.copy() copies all counts.
 
     Attributes:
-        mach: its number.
+        index: the number of the MACH.
         steps: training steps taken.
         seconds: wall time from `begin` to the end of the last step.
-        staleness_max: steps, of the Grad that came latest.
-        dropped, lost: messages; whoever notices one adds to these.
+        staleness_max: the largest staleness of an applied Grad, in steps.
+        dropped, lost: messages; callers add to these two directly.
     """
 
-    def __init__(self, mach):
-        self.mach = mach
+    def __init__(self, index):
+        self.index = index
         self.steps = self.staleness_max = self.dropped = self.lost = 0
         self.seconds = 0.0
         self._grads = self._staleness = 0
@@ -64,38 +64,38 @@ class Tally:
         self._loss = self._synthetic_loss = 0.0
 
     def begin(self):
-        """Starts the clock, where it stood at the end of the last step."""
+        """Starts the clock. It goes on from the end of the last step."""
         self._began = time.perf_counter() - self.seconds
 
     def step(self, loss, logits, y):
-        """One training step.
+        """Counts one training step.
 
         Args:
-            loss: its target loss, a scalar tensor or a float.
+            loss: the target loss, a scalar tensor.
             logits: [B, 10].
             y: labels [B].
         """
         self.steps += 1
         self._batches += 1
         self._images += len(y)
-        self._correct += int((logits.argmax(1) == y).sum())
-        self._loss += _number(loss)
+        self._correct += (logits.argmax(1) == y).sum().item()
+        self._loss += loss.item()
         self.seconds = time.perf_counter() - self._began
 
     def lesson(self, loss):
-        """One step of the student: its loss, a scalar tensor or a float."""
+        """Counts one step of the student; `loss` is a scalar tensor."""
         self._lessons += 1
-        self._synthetic_loss += _number(loss)
+        self._synthetic_loss += loss.item()
 
     def grad(self, staleness):
-        """One Grad applied, so many steps late."""
+        """Counts one applied Grad; `staleness` is in steps."""
         self._grads += 1
         self._staleness += staleness
         self.staleness_max = max(self.staleness_max, staleness)
 
     @property
     def staleness(self):
-        """Steps, mean over the run; nan where no Grad has come."""
+        """Mean staleness over the run, in steps; nan without any Grad."""
         return _ratio(self._staleness, self._grads)
 
     @property
@@ -105,14 +105,11 @@ class Tally:
 
     def report(self):
         """Fields of a `step` line; losses and accuracy since the last call."""
-        fields = dict(step=self.steps,
-                      mach=self.mach,
-                      loss=_ratio(self._loss, self._batches),
-                      train=_ratio(100 * self._correct, self._images),
-                      synthetic_loss=_ratio(self._synthetic_loss,
-                                            self._lessons),
-                      staleness=self.staleness,
-                      rate=self.rate)
+        fields = dict(step=self.steps, mach=self.index)
+        fields['loss'] = _ratio(self._loss, self._batches)
+        fields['train'] = _ratio(100 * self._correct, self._images)
+        fields['synthetic_loss'] = _ratio(self._synthetic_loss, self._lessons)
+        fields |= dict(staleness=self.staleness, rate=self.rate)
         self._open_window()
         return fields
 
@@ -122,10 +119,14 @@ class Tally:
                  'seconds', 'lost')
         return {name: getattr(self, name) for name in names}
 
+    def state_dict(self):
+        """All counts, as plain numbers."""
+        return dict(vars(self))
 
-def _number(loss):
-    # float() of a tensor that has a gradient warns.
-    return loss.item() if hasattr(loss, 'item') else loss
+    def load_state_dict(self, state):
+        """Takes the counts over and starts the clock."""
+        vars(self).update(state)
+        self.begin()
 
 
 def _ratio(total, count):
@@ -135,72 +136,58 @@ def _ratio(total, count):
 def format_line(kind, /, **fields):
     """One line of the log, without the newline.
 
-    Floats of step, eval and final lines are rounded as `DECIMALS` says, others
-    keep every digit. Of anything else the str() is written, each run of white
-    space as one space and nothing as '-', so that it cannot break the line.
-
-    Raises:
-        ValueError: the kind is none of `KINDS`.
+    Measured floats are rounded. No value breaks the line: white space becomes
+    one space, and an empty value becomes '-'.
     """
-    if kind not in KINDS:
-        raise ValueError(f'no kind of line: {kind!r}')
     words = [kind]
     for key, value in fields.items():
         if isinstance(value, float) and key in DECIMALS and kind != 'hparams':
             value = f'{value:.{DECIMALS[key]}f}'
         text = ' '.join(str(value).split()) or '-'
-        # The number of a step line stands without its key.
+        # A step line shows its number without the key.
         words.append(text if kind == key == 'step' else f'{key} {text}')
     return '  '.join(words)
 
 
 def parse_line(line):
-    """The kind and the fields of a line; numbers and bools come back as such.
+    """The kind and the fields of a line, with numbers and bools converted.
 
     Raises:
         ValueError: the line is not in the grammar; the message quotes it.
     """
-    kind, *words = line.rstrip('\n').split('  ')
-    if kind == 'step' and words:
-        words[0] = f'step {words[0]}'
-    matches = [re.fullmatch(r'(\w+) (\S+( \S+)*)', word) for word in words]
-    if kind not in KINDS or not all(matches):
+    text = re.sub('^step  ', 'step  step ', line.rstrip('\n'))
+    if not re.fullmatch(r'\w+(  \w+ \S+( \S+)*)+', text):
         raise ValueError(f'not a log line: {line!r:.100}')
-    fields, measured = {}, DECIMALS if kind in KINDS[2:] else ()
-    for key, text in (match.group(1, 2) for match in matches):
-        # A commit may look like a number: 12e4567.
-        fields[key] = text if key == 'commit' else _read(text)
-        if isinstance(fields[key], str) and key in measured:
-            raise ValueError(f'{key} is no number: {line!r:.100}')
-    return kind, fields
+    kind, *words = text.split('  ')
+    pairs = (word.split(' ', maxsplit=1) for word in words)
+    return kind, {key: _convert(key, value) for key, value in pairs}
 
 
-def _read(text):
+def _convert(key, text):
+    if key == 'commit':  # which may look like a number: 12e4567
+        return text
     if text in ('True', 'False'):
         return text == 'True'
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
     return text
 
 
-@dataclasses.dataclass
 class Log:
-    """What one run wrote; an interrupted run may have no finals.
+    """What one run wrote. An interrupted run may have no finals.
 
     Attributes:
         name: the file, for messages.
         run, hparams: the fields of these lines.
         steps, evals, finals: the fields of each such line, in order.
     """
-    name: str
-    run: dict = dataclasses.field(default_factory=dict)
-    hparams: dict = dataclasses.field(default_factory=dict)
-    steps: list = dataclasses.field(default_factory=list)
-    evals: list = dataclasses.field(default_factory=list)
-    finals: list = dataclasses.field(default_factory=list)
+
+    def __init__(self, name):
+        self.name = name
+        self.run, self.hparams = {}, {}
+        self.steps, self.evals, self.finals = [], [], []
 
     @property
     def mean(self):
@@ -209,32 +196,28 @@ class Log:
 
 
 def parse_log(text, name='log'):
-    """The one run in a text.
+    """The one run in a text. Lines of unknown kinds are skipped.
 
     Raises:
-        ValueError: no log, or several; the message begins with name:line.
+        ValueError: the text is not one log; the message begins with name:line.
     """
     log = Log(name)
-    for number, line in enumerate(text.split('\n'), start=1):
-        if log.run and not line:
-            continue
+    for number, line in enumerate(text.rstrip('\n').split('\n'), start=1):
         try:
             kind, fields = parse_line(line)
             if (kind == 'run') == bool(log.run):
-                raise ValueError('a log is of one run and begins with its line')
-            if kind == 'run' and not {'experiment', 'dataset'} <= set(fields):
-                raise ValueError('no experiment or no dataset')
+                raise ValueError('only the first line of a log is a run line')
         except ValueError as error:
             raise ValueError(f'{name}:{number}: {error}') from None
         if kind in ('run', 'hparams'):
             setattr(log, kind, fields)
-        else:
+        elif kind in ('step', 'eval', 'final'):
             getattr(log, f'{kind}s').append(fields)
     return log
 
 
 def read_log(path):
-    """The one run in a file; a last line that was cut off is left out.
+    """The one run in a file, without a last line that was cut off.
 
     Raises:
         OSError: the file cannot be read.
@@ -245,41 +228,28 @@ def read_log(path):
     return parse_log(text[:text.rfind('\n') + 1], str(path))
 
 
-def _version(package):
-    # The module knows more than the package does: 2.15.0+cu132.
-    version = getattr(sys.modules.get(package), '__version__', None)
-    return version or importlib.metadata.version(package)
-
-
 def _commit():
-    """Seven digits, and '-dirty' unless all code is committed; or 'none'."""
-    # GIT_DIR and its like, set inside a hook, would point at another one.
-    environment = {k: v for k, v in os.environ.items() if k[:4] != 'GIT_'}
-    try:  # No locks: several experiments may start at once.
-        first, *files = subprocess.run(
-            'git --no-optional-locks status --porcelain=v2 --branch -uall'.
-            split(),
-            cwd=os.path.dirname(os.path.abspath(__file__)),
-            env=environment,
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=10).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
+    """Seven digits, with '-dirty' if a .py file is not committed; or 'none'."""
+    # Without locks, several experiments can start at once.
+    command = ('git --no-optional-locks status --porcelain=v2 --branch -uall '
+               '-- :/*.py')
+    try:
+        status = subprocess.check_output(command.split(),
+                                         cwd=os.path.dirname(__file__),
+                                         stderr=subprocess.DEVNULL,
+                                         text=True)
+    except (OSError, subprocess.CalledProcessError):
         return 'none'
-    commit = first.removeprefix('# branch.oid ')
-    # A log saved beside the code is no change, a fork not yet added is one.
-    dirty = any(
-        line[0] in '12u' or re.match(r'\?.*\.py"?$', line) for line in files)
+    commit, *others = status.removeprefix('# branch.oid ').splitlines()
+    dirty = any(not line.startswith('#') for line in others)
     return 'none' if commit == '(initial)' else commit[:7] + '-dirty' * dirty
 
 
 def mean(finals):
-    """Fields of the `mach mean` line from those of the MACHs' lines.
+    """Fields of the `mach mean` line from the fields of the MACHs' lines.
 
-    A nan in one of `RESULTS` makes the mean nan. In other fields it says that
-    there is nothing to count, as the staleness of a MACH without parents: the
-    result is that of the other MACHs.
+    A nan in one of `RESULTS` makes that mean nan. In other fields a nan means
+    that there was nothing to count, so the mean ignores it.
     """
     fields = dict(mach='mean')
     for key, combine in COMBINE.items():
@@ -292,14 +262,14 @@ def mean(finals):
 
 
 def say(kind, /, **fields):
-    """Prints a line of the log above a progress bar, at once, to all `OUTPUTS`.
+    """Prints a line of the log to all `OUTPUTS`, above a progress bar, at once.
 
     Raises:
-        OSError: stdout is closed or full, so that the log would be lost.
+        OSError: stdout is closed or full, so the log would be lost.
     """
     for output in OUTPUTS:
         output = output or sys.stdout
-        if output is None:  # as after `>&-`
+        if output is None:  # after `>&-`
             raise OSError('stdout is closed')
         tqdm.tqdm.write(format_line(kind, **fields), file=output)
         output.flush()
@@ -311,8 +281,12 @@ def say_run(experiment, dataset, settings):
     Args:
         experiment: its name.
         dataset: has a name and train_, validation_ and test_labels.
-        settings: dataclass of the hyperparameters, the precision chosen.
+        settings: dataclass of the hyperparameters, with the chosen precision.
     """
+    versions = {
+        name: importlib.import_module(name).__version__
+        for name in ('torch', 'torchvision', 'numpy')
+    }
     say('run',
         experiment=experiment,
         dataset=dataset.name,
@@ -322,31 +296,26 @@ def say_run(experiment, dataset, settings):
         seed=settings.seed,
         device=settings.device,
         precision=settings.precision,
-        torch=_version('torch'),
-        torchvision=_version('torchvision'),
-        numpy=_version('numpy'),
+        **versions,
         python=platform.python_version(),
         commit=_commit())
     say('hparams', **dataclasses.asdict(settings))
 
 
 def say_finals(experiment, dataset, settings, finals):
-    """Prints the final lines: of every MACH, failed ones too, and their mean.
+    """Prints the final line of every MACH and that of their mean.
 
     Args:
         experiment, dataset, settings: as in `say_run`.
-        finals: of each MACH a dict of mach, synthetic, real (in %), totals.
+        finals: a dict for each MACH: mach, synthetic, real (in %), totals.
     """
+    head = dict(experiment=experiment, dataset=dataset.name, seed=settings.seed)
     for final in [*finals, mean(finals)]:
-        say('final',
-            experiment=experiment,
-            dataset=dataset.name,
-            seed=settings.seed,
-            **final)
+        say('final', **head, **final)
 
 
 def _flaw(log):
-    """Why a run does not count; None if it does."""
+    """Why a run does not count, or None."""
     if log.mean is None:
         return 'no final line of mach mean'
     if any(math.isnan(log.mean.get(key, 0)) for key in RESULTS):
@@ -356,7 +325,7 @@ def _flaw(log):
 
 
 def _cell(logs, key, decimals=2):
-    """'mean +- std' of the numbers there are; std is the sample's (n - 1)."""
+    """'mean +- std' of a field; std is that of a sample (n - 1)."""
     values = [log.mean[key] for log in logs if key in log.mean]
     if not values:
         return '-'
@@ -366,59 +335,58 @@ def _cell(logs, key, decimals=2):
     return text
 
 
-def _group(logs):
-    """(experiment, dataset, settings), logs connected, logs isolated: a row."""
-    groups = {}
+def _settings(log):
+    """The hyperparameters that all runs in a row of the table share."""
+    hidden = (*BOOKKEEPING, 'connected')
+    return {k: v for k, v in log.hparams.items() if k not in hidden}
+
+
+def _differs(log, logs):
+    """'depth 1, steps 400': the settings of a run that differ between `logs`."""
+    rows = [_settings(other) for other in logs]
+    names = dict.fromkeys(name for row in rows for name in row if name != 'k')
+    return ', '.join(f'{name} {log.hparams.get(name, "-")}' for name in names
+                     if len({row.get(name) for row in rows}) > 1)
+
+
+def compare(logs):
+    """The table of runs: a row per experiment, dataset and hyperparameters.
+
+    A cell is mean +- std over the n runs that differ in `BOOKKEEPING` alone:
+    accuracies in %, seconds of training. The column isolated shows the real
+    accuracy of the runs with `connected False`. The last column names the
+    settings in which the rows of an experiment differ. Runs that stopped early
+    or have a failed MACH are left out with a warning on stderr. A second run of
+    a seed counts, with a warning.
+    """
+    groups, seen = {}, set()
     for log in logs:
         if _flaw(log):
             print(f'{log.name}: {_flaw(log)}, left out', file=sys.stderr)
             continue
-        settings = {
-            key: value
-            for key, value in log.hparams.items()
-            if key not in BOOKKEEPING
-        }
-        isolated = not settings.pop('connected', True)
-        row = log.run['experiment'], log.run['dataset'], settings
-        key = (*row[:2], frozenset(settings.items()))
-        runs = groups.setdefault(key, (row, [], []))[1 + isolated]
-        seed = log.run.get('seed')
-        if seed in [run.run.get('seed') for run in runs]:
-            print(f'{log.name}: seed {seed} counts again', file=sys.stderr)
-        runs.append(log)
-    return list(groups.values())
-
-
-def compare(logs):
-    """A table of runs; a row for each experiment, dataset and hyperparameters.
-
-    Accuracies in %, seconds of training: mean +- std over the n runs that
-    differ in `BOOKKEEPING` alone, '-' for what is missing. A run with
-    `connected False` gives its real accuracy to the column isolated, in the
-    row of the same hyperparameters connected or in one of its own. A last
-    column names the settings in which an experiment's rows differ. Left out,
-    with a warning on stderr, are runs that stopped early and those in which a
-    MACH failed; one of a seed that was there before counts, with a warning.
-    """
-    groups = _group(logs)
+        row = (log.run.get('experiment'), log.run.get('dataset'),
+               frozenset(_settings(log).items()))
+        groups.setdefault(row, []).append(log)
+        run = row, log.hparams.get('connected'), log.run.get('seed')
+        if run in seen:
+            print(f'{log.name}: seed {run[-1]} counts again', file=sys.stderr)
+        seen.add(run)
     rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
              'seconds', 'differs in')]
-    for (experiment, dataset, settings), connected, isolated in groups:
-        rivals = [row[2] for row, *_ in groups if row[0] == experiment]
-        names = dict.fromkeys(name for rival in rivals for name in rival)
-        differs = [
-            f'{name} {settings.get(name, "-")}' for name in names
-            if name != 'k' and len({rival.get(name) for rival in rivals}) > 1
-        ]
+    for (experiment, dataset, _), group in groups.items():
+        connected = [run for run in group if run.hparams.get('connected', True)]
+        isolated = [run for run in group if run not in connected]
         runs = connected or isolated
         alone = _cell(isolated, 'real')
         if isolated and len(isolated) != len(runs):
             alone += f' (n={len(isolated)})'
-        rows.append((experiment, dataset, settings.get('k', '-'), len(runs),
-                     _cell(connected, 'real'), _cell(connected,
-                                                     'synthetic'), alone,
-                     _cell(runs, 'seconds', 1), ', '.join(differs)))
-    rows = [[str(cell) for cell in row] for row in rows]
+        firsts = [
+            runs[0] for row, runs in groups.items() if row[0] == experiment
+        ]
+        row = [experiment, dataset, group[0].hparams.get('k', '-'), len(runs)]
+        row += [_cell(connected, 'real'), _cell(connected, 'synthetic'), alone]
+        row += [_cell(runs, 'seconds', 1), _differs(group[0], firsts)]
+        rows.append([str(cell) for cell in row])
     if not any(row[-1] for row in rows[1:]):
         rows = [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -429,8 +397,7 @@ def compare(logs):
 def choose_precision(asked, device):
     """The precision of matrix products: `asked`, unless that is 'auto'.
 
-    On a processor that is the faster for a product of such a size, on trial: it
-    may know the bf16 instructions and yet gain nothing from them.
+    On a CPU, 'auto' measures both: bf16 instructions may exist and not be fast.
 
     Args:
         asked: 'fp32', 'bf16' or 'auto'.
@@ -441,12 +408,11 @@ def choose_precision(asked, device):
     import torch  # pylint: disable=import-outside-toplevel
     if device.startswith('cuda'):
         return 'bf16' if torch.cuda.is_bf16_supported() else 'fp32'
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        some = torch.zeros(512, 784, dtype=dtype)
-        seconds[dtype] = min(
-            timeit.repeat(lambda x=some: torch.nn.functional.linear(x, x),
-                          timer=time.perf_counter,
-                          number=1))
-    faster = 1.3 * seconds[torch.bfloat16] < seconds[torch.float32]
+
+    def seconds(dtype):
+        x = torch.zeros(512, 784, dtype=dtype)
+        return min(
+            timeit.repeat(lambda: torch.nn.functional.linear(x, x), number=1))
+
+    faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
     return 'bf16' if faster else 'fp32'

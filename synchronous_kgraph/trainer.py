@@ -1,10 +1,10 @@
-"""The delayed-gradient trainer of k MACHs in lockstep, whatever their graph.
+"""The delayed-gradient trainer of k MACHs in lockstep, for any graph.
 
-All take each step together, on one thread, and ask each other by calls, so that
-nothing is left to chance. A Grad is applied exactly `delay` steps after it was
-computed, with the parameters of that later step. With `delay 0` that is before
-anybody's parameters change: backpropagation, through the graph unrolled to
-`depth`.
+All MACHs take each step together, on one thread, and ask each other by calls. So
+a seed decides everything. A Grad is applied exactly `delay` steps after it was
+computed, with the parameters of that later step. With `delay 0` it is applied
+before any parameter changes: that is backpropagation through the graph unrolled
+to `depth`.
 """
 # Copied from synchronous_sequence/trainer.py
 
@@ -15,57 +15,61 @@ import typing
 
 import student as students
 import torch
+from torch import nn
 from torch.nn import functional
 
 from mach import metrics
 
 
 # Copied from synchronous_single/trainer.py
-class Copy(typing.NamedTuple):
-    """What a MACH hands over of itself, the reader's to keep."""
+class Snapshot(typing.NamedTuple):
+    """What a MACH hands over of itself; it never changes afterwards."""
     tally: metrics.Tally
-    mach: torch.nn.Module | None = None  # None: it failed, or has not begun
+    network: torch.nn.Module | None = None  # None: it failed, or has not begun
     student: torch.nn.Module | None = None  # None: it has no children
+    ended: bool = False  # its thread has ended
+    failed: bool = False  # with an error
 
 
 @dataclasses.dataclass
-class Rows:
-    """One x, and what is due on it: rows that belong together in a forward."""
+class Block:
+    """Rows that go through a forward together: one x and what is due on it."""
     x: torch.Tensor  # [B, 784]
     depth: int  # edges that the gradient of their inputs may travel
-    grad: torch.Tensor | None = None  # [B, E], a Grad to apply; None: own rows
-    computed: int = 0  # the step that the Grad was computed in
+    grad: torch.Tensor | None = None  # [B, E], to apply; None for own rows
+    computed: int = 0  # the step that computed the Grad
 
 
 class Trainer:
     """Trains k MACHs together: one `step` is one step of each of them.
 
     Args:
-        machs: list of k networks.
+        networks: list of k Machs.
         student_of: list of k; None for a MACH without children.
         children: list of k lists: the MACHs that feed MACH i, in the order of
             its joiner's inputs.
-        batches: list of those with `next() -> (x [B, 784], y [B])`: one that all
-            MACHs share, or one for each MACH's own local dataset.
+        batches: list of iterators of (x [B, 784], y [B]): one that all MACHs
+            share, or one for each MACH's own local dataset.
         settings: the hyperparameters of main.py.
     """
     file = 'machs.pt'  # of its checkpoint
 
-    def __init__(self, machs, student_of, children, batches, settings):
-        self.machs, self.student_of, self.children = machs, student_of, children
+    def __init__(self, networks, student_of, children, batches, settings):
+        self.networks = nn.ModuleList(networks)
+        self.student_of, self.children = student_of, children
+        self.students = nn.ModuleList(s for s in student_of if s)
         self.batches, self.settings = batches, settings
-        self.steps_taken = 0
-        self.tallies = [metrics.Tally(i) for i in range(len(machs))]
-        self._grads = [[] for _ in machs]  # Rows in flight to each MACH
-        self._answers = {}  # (MACH, which x, depth) -> d(x), of this step
-        self._optimisers = [
-            Optimiser(mach, settings.learning_rate, settings.weight_decay,
-                      settings) for mach in machs
-        ] + [
-            Optimiser(student, settings.student_learning_rate, 0.0, settings)
-            for student in student_of
-            if student
-        ]
+        self.tallies = [metrics.Tally(i) for i in range(len(networks))]
+        self._grads = [[] for _ in networks]  # Blocks in flight to each MACH
+        self._answers = {}  # (MACH, which x, depth) -> a(x), of this step
+        self._optimiser, self._schedule = make_optimiser(
+            self.networks, self.students, settings)
+        self._autocast = make_autocast(settings)
+
+    @property
+    def steps_taken(self):
+        """Training steps so far, the same for all."""
+        return self.tallies[0].steps
 
     def step(self):
         """One training step of every MACH.
@@ -73,118 +77,87 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is not finite; nothing was applied.
         """
-        batches = [batches.next() for batches in self.batches]
+        batches = [next(batches) for batches in self.batches]
         results = []
-        for i in range(len(self.machs)):
+        for i in range(len(self.networks)):
             x, y = batches[i % len(batches)]
             results.append((*self._learn(i, x, y), y))
         while self.settings.delay == 0 and any(self._grads):
-            for i in range(len(self.machs)):
+            for i in range(len(self.networks)):
                 self._learn(i)
-        for optimiser in self._optimisers:
-            optimiser.step()
-        self._answers.clear()  # they were made with the old parameters
-        self.steps_taken += 1
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._schedule.step()
+        self._answers.clear()  # the old parameters made them
         for tally, result in zip(self.tallies, results):
             tally.step(*result)
-
-    def copy(self, networks=True):
-        """MACH -> Copy of it as it is now; of its counts alone if asked to."""
-        copies = {}
-        for i, tally in enumerate(self.tallies):
-            of = self.machs[i], self.student_of[i]
-            copies[i] = Copy(copy.copy(tally),
-                             *(copy.deepcopy(of) if networks else ()))
-        return copies
-
-    def state(self):
-        """All that its next steps depend on; the tensors are its own."""
-        return dict(
-            steps_taken=self.steps_taken,
-            optimisers=[one.state() for one in self._optimisers],
-            batches=[one.state() for one in self.batches],
-            tallies=[dict(vars(one)) for one in self.tallies],
-            grads=[[vars(rows) for rows in flying] for flying in self._grads])
-
-    def restore(self, state):
-        """Goes on from the state of another, of the same hyperparameters."""
-        self.steps_taken = state['steps_taken']
-        for one, saved in zip(self._optimisers,
-                              state['optimisers'],
-                              strict=True):
-            one.restore(saved)
-        for tally, saved in zip(self.tallies, state['tallies'], strict=True):
-            vars(tally).update(saved)
-        for one, saved in zip(self.batches, state['batches'], strict=True):
-            one.restore(saved)
-        self._grads = [
-            [Rows(**saved) for saved in flying] for flying in state['grads']
-        ]
 
     def _learn(self, i, x=None, y=None):
         """Backpropagates the target loss of MACH i, if any, and all Grads due.
 
-        One forward, one backward: own rows and Grads are one batch. Nothing is
-        applied yet: others are still to answer, and to hear of it by Grads.
+        Own rows and Grads are one batch: one forward, one backward. No parameter
+        changes yet: other MACHs still ask this one, and send it Grads.
 
         Args:
-            i: the MACH.
+            i: index of the MACH.
             x: [B, 784], own rows, with labels y [B]; None without.
         Returns:
             The target loss and the logits [B, 10] of own rows; None without.
         """
-        settings, mach = self.settings, self.machs[i]
+        settings, network = self.settings, self.networks[i]
         own = 0 if x is None else len(x)
-        blocks = [] if x is None else [Rows(x, settings.depth)]
+        blocks = [] if x is None else [Block(x, settings.depth)]
         blocks += self._take_due(i)
         if not blocks:
             return None
-        inputs = None
-        if self.children[i]:  # a leaf: the edge is cut here
-            inputs = torch.cat([
-                self._inputs(i, rows.x,
-                             rows.depth * (settings.inputs == 'real'))
-                for rows in blocks
-            ]).requires_grad_()  # [R, C, E]
-        local = mach.local_part(torch.cat([rows.x for rows in blocks
-                                          ]))  # [R, E]
-        # Others' rows have no dropout: students would chase its noise.
-        dropped = functional.dropout(local[:own], settings.dropout)
-        local = torch.cat([dropped, local[own:]])
-        embedding = torch.relu(local + mach.joined_part(inputs))
-        roots, gradients, loss, logits = [], [], None, None
+        inputs, loss, logits = None, None, None
+        with self._autocast:
+            if self.children[i]:  # a leaf: the edge is cut here
+                real = settings.inputs == 'real'
+                inputs = torch.cat([
+                    self._inputs(i, block.x, block.depth * real)
+                    for block in blocks
+                ]).requires_grad_()  # [R, C, E]
+            h = network.local_part(torch.cat([block.x for block in blocks]))
+            # Rows of other MACHs have no dropout: students would chase its noise.
+            h = drop(h, own, settings, i, self.steps_taken)
+            d = network.join(h, inputs)  # [R, E]
+            roots, gradients = [], []
+            if own:
+                logits = network.head(d[:own]).to(d.dtype)
+                loss = functional.cross_entropy(
+                    logits, y, label_smoothing=settings.label_smoothing)
+                roots, gradients = [loss], [None]
+            grads = [block.grad for block in blocks if block.grad is not None]
+            if grads:
+                roots.append(network.answer(d[own:]))
+                gradients.append(torch.cat(grads))
         if own:
-            logits = mach.head(embedding[:own]).to(embedding.dtype)
-            loss = functional.cross_entropy(
-                logits, y, label_smoothing=settings.label_smoothing)
             check_finite(loss, f'target loss of mach {i}')
-            roots, gradients = [loss], [None]
-        grads = [rows.grad for rows in blocks if rows.grad is not None]
-        if grads:
-            roots.append(embedding[own:])
-            gradients.append(torch.cat(grads))
         torch.autograd.backward(roots, gradients)
         if self.children[i]:
             self._send_grads(i, blocks, inputs.grad)
             if own:
-                self._teach(i, x)
+                self._teach_student(i, x)
         return loss, logits
 
     def _take_due(self, i):
-        """Takes the Grads that are to be applied by MACH i in this step."""
+        """Takes the Grads that MACH i applies in this step."""
         last = self.steps_taken - self.settings.delay
-        due = [rows for rows in self._grads[i] if rows.computed <= last]
-        self._grads[i] = [r for r in self._grads[i] if r.computed > last]
-        for rows in due:
-            self.tallies[i].grad(self.steps_taken - rows.computed)
+        due = [block for block in self._grads[i] if block.computed <= last]
+        self._grads[i] = [b for b in self._grads[i] if b.computed > last]
+        for block in due:
+            self.tallies[i].grad(self.steps_taken - block.computed)
         return due
 
     @torch.no_grad()
     def _answer(self, i, x, depth):
-        """Answers a Spike: x [B, 784] -> d_i(x) [B, E], free of dropout."""
+        """Answers a Spike: x [B, 784] -> a_i(x) [B, E], without dropout."""
         key = i, id(x), depth  # several parents may share an x
         if key not in self._answers:
-            self._answers[key] = self.machs[i](x, self._inputs(i, x, depth))
+            network = self.networks[i]
+            self._answers[key] = network.answer(
+                network(x, self._inputs(i, x, depth)))
         return self._answers[key]
 
     @torch.no_grad()
@@ -205,16 +178,16 @@ class Trainer:
     def _send_grads(self, i, blocks, gradient):
         """Puts gradient [R, C, E] of MACH i's inputs in flight to its children.
 
-        What several parents say to a child about one x is one Grad, their sum.
+        The Grads of several parents to a child about one x become their sum.
         """
-        parts = gradient.split([len(rows.x) for rows in blocks])
-        for rows, part in zip(blocks, parts):
-            weight = 1.0 if rows.grad is not None else self.settings.grad_weight
+        parts = gradient.split([len(block.x) for block in blocks])
+        for block, part in zip(blocks, parts):
+            weight = 1.0 if block.grad is not None else self.settings.grad_weight
             for position, child in enumerate(self.children[i]):
-                if rows.depth == 0:
+                if block.depth == 0:
                     continue
-                grad = Rows(rows.x, rows.depth - 1, weight * part[:, position],
-                            self.steps_taken)
+                grad = Block(block.x, block.depth - 1,
+                             weight * part[:, position], self.steps_taken)
                 for other in self._grads[child]:
                     if (other.x is grad.x and other.depth == grad.depth and
                             other.computed == grad.computed):
@@ -223,52 +196,94 @@ class Trainer:
                 else:
                     self._grads[child].append(grad)
 
-    def _teach(self, i, x):
-        """The student's lesson: what the children answer about x [B, 784]."""
-        real = self._inputs(i, x, max(1, self.settings.depth))  # [B, C, E]
-        loss = students.synthetic_loss(self.student_of[i](x), real)
+    def _teach_student(self, i, x):
+        """Backpropagates the synthetic loss about the answers to x [B, 784]."""
+        with self._autocast:
+            real = self._inputs(i, x, max(1, self.settings.depth))  # [B, C, E]
+            loss = students.synthetic_loss(self.student_of[i](x), real)
         check_finite(loss, f'synthetic loss of mach {i}')
         loss.backward()
         self.tallies[i].lesson(loss)
 
+    def snapshot(self, networks=True, **ends):
+        """index -> Snapshot of now; with counts alone unless `networks`."""
+        made = {}
+        for i, tally in enumerate(self.tallies):
+            of = (self.networks[i], self.student_of[i]) if networks else ()
+            made[i] = Snapshot(copy.copy(tally), *copy.deepcopy(of), **ends)
+        return made
+
+    def _parts(self):
+        named = dict(networks=self.networks,
+                     students=self.students,
+                     optimiser=self._optimiser,
+                     schedule=self._schedule)
+        named |= {f'batches {i}': one for i, one in enumerate(self.batches)}
+        return named | {f'tally {i}': one for i, one in enumerate(self.tallies)}
+
+    def state_dict(self):
+        """All that the next steps depend on; not a copy."""
+        named = {n: part.state_dict() for n, part in self._parts().items()}
+        flying = [[vars(block) for block in blocks] for blocks in self._grads]
+        return named | dict(grads=flying)
+
+    def load_state_dict(self, state):
+        """Continues from the state_dict of a Trainer with the same settings."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self._grads = [
+            [Block(**block) for block in blocks] for blocks in state['grads']
+        ]
+
+
+def drop(h, own, settings, *seeds):
+    """Dropout of the first `own` rows of h [R, E], drawn by the seeds.
+
+    A step draws the same, whatever other MACHs and threads draw.
+    """
+    if not own or not settings.dropout:
+        return h
+    generator = torch.Generator(h.device)
+    generator.manual_seed(hash((settings.seed, *seeds)))
+    mask, keep = torch.ones_like(h), 1 - settings.dropout
+    mask[:own].bernoulli_(keep, generator=generator).div_(keep)
+    return h * mask
+
 
 # Copied from synchronous_single/trainer.py
-class Optimiser:
-    """AdamW with one learning-rate cycle over the run; a step clears the grads.
+def make_optimiser(networks, students_of, settings):
+    """AdamW with a group of the networks and a group of their students; its cycle.
 
-    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
+    cycle ends at a learning rate of exactly 0, which changes no parameter. AdamW
+    skips a network without gradients.
     """
+    rates = [settings.learning_rate, settings.student_learning_rate]
+    undecayed = dict(params=nn.ModuleList(students_of).parameters(),
+                     weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [dict(params=nn.ModuleList(networks).parameters()), undecayed],
+        weight_decay=settings.weight_decay,
+        fused=True)
+    steps = settings.steps + 1
+    warmup = max(settings.warmup, 2 / steps)  # a step at least
+    return optimiser, torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        rates,
+        steps,
+        pct_start=warmup,
+        cycle_momentum=False,
+        final_div_factor=math.inf)
 
-    def __init__(self, network, peak, weight_decay, settings):
-        self._network = network
-        self._adamw = torch.optim.AdamW(network.parameters(),
-                                        peak,
-                                        weight_decay=weight_decay,
-                                        fused=True)
-        total = settings.steps + 1
-        self._cycle = torch.optim.lr_scheduler.OneCycleLR(
-            self._adamw,
-            peak,
-            total,
-            pct_start=max(settings.warmup, 2 / total),  # a step at least
-            cycle_momentum=False)
 
-    def step(self):
-        """Applies the gradients that have been accumulated, then drops them."""
-        self._adamw.step()
-        self._cycle.step()
-        self._adamw.zero_grad()
-
-    def state(self):
-        """Of the network it trains too, for `restore`."""
-        parts = self._network, self._adamw, self._cycle
-        return [part.state_dict() for part in parts]
-
-    def restore(self, state):
-        """Goes on from the state of another."""
-        parts = self._network, self._adamw, self._cycle
-        for part, saved in zip(parts, state, strict=True):
-            part.load_state_dict(saved)
+# Copied from synchronous_single/trainer.py
+def make_autocast(settings):
+    """The context of a forward: bfloat16 products if `precision` is bf16."""
+    return torch.autocast(
+        settings.device.split(':')[0],
+        torch.bfloat16,
+        settings.precision == 'bf16',
+        cache_enabled=False)  # an optimiser's step outdates it
 
 
 # Copied from synchronous_single/trainer.py

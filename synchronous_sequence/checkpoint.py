@@ -1,6 +1,7 @@
-"""One file for each trainer, from which another goes on: written whole or not.
+"""Saves a Trainer to a file, and has another Trainer continue from that file.
 
-A file is loaded as tensors, numbers and names alone, never as code.
+A file is written whole or not at all. It is read as tensors, numbers and names,
+never as code.
 """
 # Copied from synchronous_single/checkpoint.py
 
@@ -15,30 +16,22 @@ import torch
 
 from mach import data, metrics
 
-# Hyperparameters that may be others than before.
+# Hyperparameters that may differ from those of the file.
 FREE = {*metrics.BOOKKEEPING, 'device', 'precision'} - {'seed'}
 
 
-def generator_of(device):
-    """What dropout draws from."""
-    if device == 'cpu':
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.device(device).index]
+def save(trainer, folder):
+    """Writes a Trainer's file into `folder`; does nothing if that is ''.
 
-
-def save(one, folder):
-    """Writes a Trainer's file in `folder`, unless that is ''.
-
-    A disk that fails costs a checkpoint and a line on stderr, never the run.
+    A disk that fails costs this checkpoint and a line on stderr, not the run.
     """
     if not folder:
         return
-    path, content = pathlib.Path(folder, one.file), io.BytesIO()
+    path, content = pathlib.Path(folder, trainer.file), io.BytesIO()
     staged = path.with_suffix('.new')
     torch.save(
-        dict(hyperparameters=dict(vars(one.settings)),
-             random=generator_of(one.settings.device).get_state(),
-             trainer=one.state()), content)
+        dict(hyperparameters=dict(vars(trainer.settings)),
+             trainer=trainer.state_dict()), content)
     try:
         with open(staged, 'wb') as file:
             file.write(content.getbuffer())
@@ -49,30 +42,29 @@ def save(one, folder):
         with contextlib.suppress(OSError):
             staged.unlink()
         with contextlib.suppress(OSError):  # stderr may be on the same disk
-            print(f'warning: no checkpoint of step {one.steps_taken}: {error}',
-                  file=sys.stderr)
+            print(
+                f'warning: no checkpoint of step {trainer.steps_taken}: {error}',
+                file=sys.stderr)
 
 
-def resume(one, folder):
-    """Has a Trainer go on from its file in `folder`; without one it begins.
+def resume(trainer, folder):
+    """Has a Trainer continue from its file in `folder`; without one it begins.
 
     Raises:
-        data.DataError: the file is damaged, or of other hyperparameters.
+        data.DataError: the file is damaged, or has other hyperparameters.
     """
-    path, here = pathlib.Path(folder, one.file), vars(one.settings)
+    path, here = pathlib.Path(folder, trainer.file), vars(trainer.settings)
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the sums
+            if archive.testzip():  # torch.load does not check the sums
                 raise zipfile.BadZipFile
-        state = torch.load(path, one.settings.device, weights_only=True)
+        state = torch.load(path, trainer.settings.device, weights_only=True)
         there = state['hyperparameters']
         for name in there | here:
             if name not in FREE and there.get(name) != here.get(name):
                 raise data.DataError(f'{name} was {there.get(name)}, '
                                      f'now it is {here.get(name)}')
-        one.restore(state['trainer'])
-        if there['device'] == here['device']:
-            generator_of(here['device']).set_state(state['random'].cpu())
+        trainer.load_state_dict(state['trainer'])
     except FileNotFoundError:
         print(f'warning: no {path}: from the beginning', file=sys.stderr)
     except data.DataError as error:

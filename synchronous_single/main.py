@@ -37,9 +37,9 @@ import tqdm
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
 from mach import data, metrics
 import checkpoint
-import model
-import student
-import trainer
+from model import Mach
+from student import Student
+from trainer import Trainer
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
 CORES = torch.get_num_threads()
@@ -59,7 +59,6 @@ class Hyperparameters:
     """Edit the defaults in place, or override one for a run: --name value."""
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
-    strict_data: bool = hparam(False, 'no drawn digits', 'False', 'True')
     validation: int = hparam(5000, 'images held out, for eval lines', 10, 50000)
     # Run.
     seed: int = hparam(0, 'of weights, shards, shuffles', 0, 10**9)
@@ -87,27 +86,33 @@ class Hyperparameters:
     label_smoothing: float = hparam(0.1, 'regularises', 0, 0.999)
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, read(field, getattr(self, field.name)))
+        count = torch.cuda.device_count()
+        devices = ['cpu', *(f'cuda:{i}' for i in range(count))]
+        if self.device not in devices:
+            raise ValueError(f'--device must be {" or ".join(devices)}')
         if self.resume and not self.checkpoint:
             raise ValueError('--resume needs the folder --checkpoint')
 
 
-def reader(field):
-    """What reads one hyperparameter's text; argparse adds its name to errors."""
+def read(field, value):
+    """The value of a hyperparameter, given as itself or as text.
+
+    Raises:
+        ValueError: it is beyond its limits; the message names it.
+    """
     kind, limits = field.type, field.metadata['limits']
-    number = kind in (int, float)
-
-    def read(text):
-        text = text.strip()
-        with contextlib.suppress(ValueError):
-            value = kind(text) if number else text
-            if not limits or (limits[0] <= value <= limits[1]
-                              if number else value in limits):
-                return text == 'True' if kind is bool else value
-        wanted = (' to ' if number else ' or ').join(map(str, limits))
-        raise argparse.ArgumentTypeError(
-            f'must be {kind.__name__}, {wanted}, not {text!r}')
-
-    return read
+    text = str(value).strip()
+    with contextlib.suppress(ValueError):
+        if kind in (int, float):
+            if limits[0] <= kind(text) <= limits[1]:
+                return kind(text)
+        elif not limits or text in limits:
+            return text == 'True' if kind is bool else text
+    wanted = (' to ' if kind in (int, float) else ' or ').join(map(str, limits))
+    raise ValueError(f'--{field.name}: must be {kind.__name__}, {wanted}, '
+                     f'not {text!r}')
 
 
 def read_hyperparameters(words):
@@ -119,24 +124,20 @@ def read_hyperparameters(words):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: parser.exit(2, f'{EXPERIMENT}: {message}\n')
     for field in dataclasses.fields(Hyperparameters):
-        limits, default = field.metadata['limits'], field.default
         names = f'--{field.name}', f'--{field.name.replace("_", "-")}'
         parser.add_argument(
             *dict.fromkeys(names),
             dest=field.name,
-            type=reader(field),
-            default=str(default),  # as text, so that an edit is checked too
+            default=field.default,
             metavar=field.type.__name__,
-            help=f'{field.metadata["reason"]} {limits}; default {default}')
+            help=f'{field.metadata["reason"]} '
+            f'{field.metadata["limits"]}; default {field.default}')
     # A space keeps argparse from taking a number such as -1e-3 for an option.
     words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
     if unknown:
         near, = difflib.get_close_matches(unknown[0], vars(values), 1, 0)
         parser.error(f'unknown: {unknown[0]}; the closest is --{near}')
-    devices = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-    if values.device not in devices:
-        parser.error(f'--device must be {" or ".join(devices)}')
     try:
         return Hyperparameters(**vars(values))
     except ValueError as error:
@@ -146,8 +147,8 @@ def read_hyperparameters(words):
 # ---------------------------------------------------------------------- MACHs
 
 
-def make_trainers(settings, dataset):
-    """One trainer: of a MACH without children, and of a student of that MACH.
+def make_trainer(settings, dataset):
+    """The Trainer of the teacher and of its student.
 
     Raises:
         data.DataError: the batch size cannot be.
@@ -156,142 +157,119 @@ def make_trainers(settings, dataset):
                          settings.device)
     torch.manual_seed(settings.seed)
     with torch.device(settings.device):
-        teacher = model.Mach(0, settings.hidden, settings.embedding)
-        learner = student.Student(1, settings.student_hidden,
-                                  settings.embedding)
-    return [trainer.Trainer(teacher, learner, batches, settings)]
+        network = Mach(0, settings.hidden, settings.embedding)
+        student = Student(1, settings.student_hidden, settings.embedding)
+    return Trainer(network, student, batches, settings)
 
 
 # -------------------------------------------------------------------- threads
 
 
-def work(one, settings, events, halt):
+def work(trainer, settings, events, halt):
     """The training thread: it steps until `halt` is set.
 
-    Events to the main thread are (kind, content): 'step' with lists of fields;
-    'copy' and, at the end, 'ended' with what `copy()` gives, made here as no
-    other thread touches a MACH; 'failed' with its last counts and the reason.
-
-    Args:
-        one: the trainer of all MACHs.
+    Each event for the main thread is a list of fields of `step` lines and a dict
+    of Snapshots. They are made here: no other thread touches a MACH.
     """
     torch.set_num_threads(CORES)
-    autocast = torch.autocast(settings.device.split(':')[0],
-                              torch.bfloat16,
-                              settings.precision == 'bf16',
-                              cache_enabled=False)  # weights change each step
     every = settings.evaluate_every or settings.steps
-    for tally in one.tallies:
+    for tally in trainer.tallies:
         tally.begin()
     try:
-        with autocast:
-            if one.steps_taken:  # resumed; who has finished takes no step more
-                events.put(('copy', one.copy()))
-            while one.steps_taken < settings.steps and not halt.is_set():
-                one.step()
-                if one.steps_taken % settings.log_every == 0:
-                    lines = [tally.report() for tally in one.tallies]
-                    events.put(('step', lines))
-                if (one.steps_taken % every == 0 or
-                        one.steps_taken == settings.steps):
-                    events.put(('copy', one.copy()))
-                if (one.steps_taken % settings.checkpoint_every == 0 or
-                        one.steps_taken == settings.steps):
-                    checkpoint.save(one, settings.checkpoint)
-        if one.steps_taken < settings.steps:
-            checkpoint.save(one, settings.checkpoint)
-        events.put(('ended', one.copy()))
+        if trainer.steps_taken:  # resumed
+            events.put(([], trainer.snapshot()))
+        while trainer.steps_taken < settings.steps and not halt.is_set():
+            trainer.step()
+            if trainer.steps_taken % settings.log_every == 0:
+                lines = [tally.report() for tally in trainer.tallies]
+                events.put((lines, {}))
+            if trainer.steps_taken % every == 0:
+                events.put(([], trainer.snapshot()))
+            if trainer.steps_taken % settings.checkpoint_every == 0:
+                checkpoint.save(trainer, settings.checkpoint)
+        checkpoint.save(trainer, settings.checkpoint)
+        events.put(([], trainer.snapshot(ended=True)))
     except Exception:  # pylint: disable=broad-except
-        reason = (f'training failed in step {one.steps_taken + 1}: '
-                  f'{traceback.format_exc()}')
-        events.put(('failed', (one.copy(networks=False), reason)))
+        events.put(([], trainer.snapshot(False, ended=True, failed=True)))
+        print(
+            f'{EXPERIMENT}: training failed in step {trainer.steps_taken + 1}: '
+            f'{traceback.format_exc().rstrip()}',
+            file=sys.stderr)
 
 
-def train(trainers, settings, dataset, interrupted):
-    """Runs the threads and prints what they tell, until all have ended.
+def train(trainer, settings, dataset, signals):
+    """Runs the thread and prints what it reports, until it has ended.
 
-    Nobody rests for an evaluation: whenever the slowest MACH has handed over a
-    copy, the main thread evaluates all the last ones, while they train on.
+    Training does not pause for an evaluation: the main thread evaluates each
+    Snapshot beside it.
 
     Args:
-        trainers: one for each thread.
-        interrupted: an event; once it is set, each thread ends after its step.
+        signals: numbers of signals that came; the thread ends after its step.
     Returns:
-        A Copy of each MACH, without networks if it failed or, interrupted, is
-        too late to give some; and the set of those that failed.
+        index -> the last Snapshot of each MACH. It has no networks if training
+        failed, or was interrupted before there were any.
     """
-    # Bounded, as memory is: evaluations that fall far behind hold training up.
-    events, halt = queue.Queue(4 * len(trainers)), threading.Event()
-    threads = [
-        threading.Thread(target=work,
-                         args=(one, settings, events, halt),
-                         daemon=True) for one in trainers
-    ]
-    copies = {}  # MACH -> its last Copy
-    for one in trainers:
-        copies |= one.copy(networks=False)
-    for thread in threads:
-        thread.start()
-    failed, ended, slowest, deadline = set(), 0, 0, math.inf
-    bar = tqdm.tqdm(total=settings.steps * len(trainers), disable=None)
-    while ended < len(trainers) and time.monotonic() < deadline:
-        bar.update(sum(one.steps_taken for one in trainers) - bar.n)
-        if interrupted.is_set() or slowest == settings.steps:
+    # Bounded: if evaluations fall far behind, training waits for them.
+    events, halt = queue.Queue(4), threading.Event()
+    thread = threading.Thread(target=work,
+                              args=(trainer, settings, events, halt),
+                              daemon=True)
+    snapshots, evaluated, deadline = trainer.snapshot(False), 0, math.inf
+    thread.start()
+    bar = tqdm.tqdm(total=settings.steps, disable=None)
+    while not snapshots[0].ended and time.monotonic() < deadline:
+        bar.update(trainer.steps_taken - bar.n)
+        if signals and not halt.is_set():
             halt.set()
-            patience = 2 if interrupted.is_set() else 60  # seconds
-            deadline = min(deadline, time.monotonic() + patience)
+            deadline = time.monotonic() + 2  # seconds: a step may last longer
         try:
-            kind, content = events.get(timeout=0.1)
+            lines, news = events.get(timeout=0.1)
         except queue.Empty:
             continue
-        if kind == 'step':
-            for fields in content:
-                metrics.say('step', **fields)
-            continue
-        ended += kind != 'copy'
-        if kind == 'failed':
-            content, reason = content
-            failed |= set(content)
-            print(f'{EXPERIMENT}: {reason.rstrip()}', file=sys.stderr)
-        copies |= content
-        before, slowest = slowest, min(
-            [copies[i].tally.steps for i in copies if i not in failed] or
-            [slowest])
-        if (kind != 'ended' and slowest > before and settings.evaluate_every and
-                not interrupted.is_set()):
-            mean = metrics.mean(
-                evaluate(copies, settings, dataset.validation_images,
-                         dataset.validation_labels))
-            seconds = max(copy.tally.seconds for copy in copies.values())
-            metrics.say('eval', step=slowest, **mean, seconds=seconds)
-    halt.set()
-    for thread in threads:
-        thread.join(0.1)
+        for fields in lines:
+            metrics.say('step', **fields)
+        snapshots |= news
+        before, evaluated = evaluated, snapshots[0].tally.steps
+        if before < evaluated and settings.evaluate_every and not signals:
+            say_eval(snapshots, settings, dataset)
     bar.close()
-    return copies, failed
+    thread.join(0.1)
+    return snapshots
 
 
 # ----------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
-def evaluate(copies, settings, images, labels):
+def say_eval(snapshots, settings, dataset):
+    """Prints the `eval` line of the slowest MACH's step, on validation images."""
+    mean = metrics.mean(
+        evaluate(snapshots, settings, dataset.validation_images,
+                 dataset.validation_labels))
+    tallies = [one.tally for one in snapshots.values() if not one.failed]
+    metrics.say('eval',
+                step=min(tally.steps for tally in tallies),
+                **mean,
+                seconds=max(tally.seconds for tally in tallies))
+
+
+@torch.inference_mode()
+def evaluate(snapshots, settings, images, labels):
     """Accuracies in percent: the teacher's is `real`, its student's `synthetic`.
 
     Args:
-        copies: 0 -> Copy.
+        snapshots: 0 -> Snapshot.
         images: uint8 [N, 784]; labels: [N].
     Returns:
         A list of one dict(mach, synthetic, real); NaN without networks.
     """
-    _, mach, learner = copies[0]
-    if not mach:
+    network, student = snapshots[0].network, snapshots[0].student
+    if not network:
         return [dict(mach=0, synthetic=math.nan, real=math.nan)]
     found = dict(mach=0, synthetic=0.0, real=0.0)
     for chunk, y in zip(images.split(1000), labels.split(1000)):
         x = data.normalise(chunk.to(settings.device))  # [B, 784]
-        for name, d in (('synthetic', learner(x)[:, 0]), ('real', mach(x))):
-            right = (mach.head(d).cpu().argmax(1) == y).sum().item()
+        for name, d in (('synthetic', student(x)[:, 0]), ('real', network(x))):
+            right = (network.head(d).cpu().argmax(1) == y).sum().item()
             found[name] += right * 100 / len(labels)
     return [found]
 
@@ -301,32 +279,33 @@ def evaluate(copies, settings, images, labels):
 
 def main(words):
     """Runs the experiment and prints its log; returns the exit status."""
-    settings = read_hyperparameters(words)
+    settings, signals = read_hyperparameters(words), []
+    settings.precision = metrics.choose_precision(settings.precision,
+                                                  settings.device)
     try:
-        dataset = data.load(settings.data, settings.validation,
-                            settings.strict_data)
-        trainers = make_trainers(settings, dataset)
-        settings.precision = metrics.choose_precision(settings.precision,
-                                                      settings.device)
+        dataset = data.load(settings.data, settings.validation)
+        trainer = make_trainer(settings, dataset)
         if settings.checkpoint:
             pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
-        for one in trainers if settings.resume else ():
-            checkpoint.resume(one, settings.checkpoint)
+        if settings.resume:
+            checkpoint.resume(trainer, settings.checkpoint)
     except (data.DataError, OSError) as error:
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         return 2
     metrics.say_run(EXPERIMENT, dataset, settings)
     if settings.dry_run:
         return 0
-    interrupted = threading.Event()  # from here on Ctrl-C has results to save
-    signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    copies, failed = train(trainers, settings, dataset, interrupted)
+    for number in signal.SIGINT, signal.SIGTERM:  # there are results to save
+        signal.signal(number, lambda number, _: signals.append(number))
+    snapshots = train(trainer, settings, dataset, signals)
     torch.set_num_threads(CORES)
     metrics.say_finals(EXPERIMENT, dataset, settings, [
-        found | copies[found['mach']].tally.totals() for found in evaluate(
-            copies, settings, dataset.test_images, dataset.test_labels)
+        found | snapshots[found['mach']].tally.totals() for found in evaluate(
+            snapshots, settings, dataset.test_images, dataset.test_labels)
     ])
-    return 130 if interrupted.is_set() else int(bool(failed))
+    if signals:
+        return 128 + signals[0]
+    return int(any(one.failed for one in snapshots.values()))
 
 
 if __name__ == '__main__':
@@ -338,4 +317,4 @@ if __name__ == '__main__':
     except OSError as error:  # stdout is closed or full
         print(f'{EXPERIMENT}: {error}', file=sys.stderr)
         status = 1
-    os._exit(status)  # not held up by a thread in the midst of a step
+    os._exit(status)  # without waiting for a thread in the midst of a step

@@ -1,8 +1,9 @@
 """The delayed-gradient trainer of a single MACH and of its student.
 
-The one edge here is inside the MACH: the gradient that its target head sends
-back into the network below it, which is the teacher. That Grad is applied
-`delay` steps after it was computed, with the parameters of that later step.
+The MACH is the teacher. The one edge here is inside it, between its target head
+and the network below. The gradient that the head sends down is the Grad. It is
+applied `delay` steps after it was computed, with the parameters of that later
+step.
 """
 
 import collections
@@ -12,40 +13,45 @@ import typing
 
 import student as students
 import torch
+from torch import nn
 from torch.nn import functional
 
 from mach import metrics
 
 
-class Copy(typing.NamedTuple):
-    """What a MACH hands over of itself, the reader's to keep."""
+class Snapshot(typing.NamedTuple):
+    """What a MACH hands over of itself; it never changes afterwards."""
     tally: metrics.Tally
-    mach: torch.nn.Module | None = None  # None: it failed, or has not begun
+    network: torch.nn.Module | None = None  # None: it failed, or has not begun
     student: torch.nn.Module | None = None  # None: it has no children
+    ended: bool = False  # its thread has ended
+    failed: bool = False  # with an error
 
 
 class Trainer:
     """Trains one MACH by its target loss and one student by the synthetic loss.
 
     Args:
-        mach: the teacher, a MACH without children.
+        network: the teacher, a Mach without children.
         student: mimics the teacher: x [B, 784] -> [B, 1, E].
-        batches: has `next() -> (x [B, 784], y [B])`.
+        batches: iterator of (x [B, 784], y [B]).
         settings: the hyperparameters of main.py.
     """
     file = 'machs.pt'  # of its checkpoint
 
-    def __init__(self, mach, student, batches, settings):
-        self.mach, self.student = mach, student
+    def __init__(self, network, student, batches, settings):
+        self.network, self.student = network, student
         self.batches, self.settings = batches, settings
-        self.steps_taken = 0
         self.tallies = [metrics.Tally(0)]
         self._grads = collections.deque()  # (step, x, gradient), oldest first
-        self._optimisers = [
-            Optimiser(mach, settings.learning_rate, settings.weight_decay,
-                      settings),
-            Optimiser(student, settings.student_learning_rate, 0.0, settings)
-        ]
+        self._optimiser, self._schedule = make_optimiser([network], [student],
+                                                         settings)
+        self._autocast = make_autocast(settings)
+
+    @property
+    def steps_taken(self):
+        """Training steps so far."""
+        return self.tallies[0].steps
 
     def step(self):
         """One training step of the teacher and of the student.
@@ -54,92 +60,91 @@ class Trainer:
             FloatingPointError: a loss is not finite; nothing was applied.
         """
         tally, = self.tallies
-        x, y = self.batches.next()
-        with torch.no_grad():
-            embedding = self.mach(x)  # [B, E]
-        embedding.requires_grad_()  # a leaf: the edge is cut here
-        logits = self.mach.head(embedding).to(x.dtype)  # [B, 10]
-        loss = functional.cross_entropy(
-            logits, y, label_smoothing=self.settings.label_smoothing)
+        x, y = next(self.batches)
+        with self._autocast:
+            with torch.no_grad():
+                d = self.network(x)  # [B, E]
+            d.requires_grad_()  # a leaf: the edge is cut here
+            logits = self.network.head(d).to(x.dtype)  # [B, 10]
+            loss = functional.cross_entropy(
+                logits, y, label_smoothing=self.settings.label_smoothing)
+            synthetic_loss = students.synthetic_loss(self.student(x),
+                                                     d.unsqueeze(1))
         check_finite(loss, 'target loss')
+        check_finite(synthetic_loss, 'synthetic loss')
         loss.backward()  # the head's own gradients, and the Grad [B, E]
-        self._grads.append((self.steps_taken, x, embedding.grad))
+        synthetic_loss.backward()
+        self._grads.append((self.steps_taken, x, d.grad))
         if len(self._grads) > self.settings.delay:
             computed, late, gradient = self._grads.popleft()
-            self.mach(late).backward(gradient)  # d(x) as it is computed now
+            with self._autocast:
+                d = self.network(late)  # with the parameters of now
+            d.backward(gradient)
             tally.grad(self.steps_taken - computed)
-        synthetic_loss = students.synthetic_loss(self.student(x),
-                                                 embedding.unsqueeze(1))
-        check_finite(synthetic_loss, 'synthetic loss')
-        synthetic_loss.backward()
-        for optimiser in self._optimisers:
-            optimiser.step()
-        self.steps_taken += 1
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._schedule.step()
         tally.lesson(synthetic_loss)
         tally.step(loss, logits, y)
 
-    def copy(self, networks=True):
-        """MACH -> Copy of it as it is now; of its counts alone if asked to."""
-        of = (self.mach, self.student) if networks else ()
-        return {0: Copy(copy.copy(self.tallies[0]), *copy.deepcopy(of))}
+    def snapshot(self, networks=True, **ends):
+        """0 -> Snapshot of now; with counts alone unless `networks`."""
+        of = (self.network, self.student) if networks else ()
+        tally = copy.copy(self.tallies[0])
+        return {0: Snapshot(tally, *copy.deepcopy(of), **ends)}
 
-    def state(self):
-        """All that its next steps depend on; the tensors are its own."""
-        return dict(steps_taken=self.steps_taken,
-                    optimisers=[one.state() for one in self._optimisers],
-                    batches=self.batches.state(),
-                    tallies=[dict(vars(one)) for one in self.tallies],
-                    grads=list(self._grads))
+    def _parts(self):
+        return dict(network=self.network,
+                    student=self.student,
+                    optimiser=self._optimiser,
+                    schedule=self._schedule,
+                    batches=self.batches,
+                    tally=self.tallies[0])
 
-    def restore(self, state):
-        """Goes on from the state of another, of the same hyperparameters."""
-        self.steps_taken = state['steps_taken']
-        for one, saved in zip(self._optimisers,
-                              state['optimisers'],
-                              strict=True):
-            one.restore(saved)
-        for tally, saved in zip(self.tallies, state['tallies'], strict=True):
-            vars(tally).update(saved)
-        self.batches.restore(state['batches'])
-        self._grads.extend(state['grads'])
+    def state_dict(self):
+        """All that the next steps depend on; not a copy."""
+        named = {n: part.state_dict() for n, part in self._parts().items()}
+        return named | dict(grads=list(self._grads))
+
+    def load_state_dict(self, state):
+        """Continues from the state_dict of a Trainer with the same settings."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self._grads = collections.deque(state['grads'])
 
 
-class Optimiser:
-    """AdamW with one learning-rate cycle over the run; a step clears the grads.
+def make_optimiser(networks, students_of, settings):
+    """AdamW with a group of the networks and a group of their students; its cycle.
 
-    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
+    cycle ends at a learning rate of exactly 0, which changes no parameter. AdamW
+    skips a network without gradients.
     """
+    rates = [settings.learning_rate, settings.student_learning_rate]
+    undecayed = dict(params=nn.ModuleList(students_of).parameters(),
+                     weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        [dict(params=nn.ModuleList(networks).parameters()), undecayed],
+        weight_decay=settings.weight_decay,
+        fused=True)
+    steps = settings.steps + 1
+    warmup = max(settings.warmup, 2 / steps)  # a step at least
+    return optimiser, torch.optim.lr_scheduler.OneCycleLR(
+        optimiser,
+        rates,
+        steps,
+        pct_start=warmup,
+        cycle_momentum=False,
+        final_div_factor=math.inf)
 
-    def __init__(self, network, peak, weight_decay, settings):
-        self._network = network
-        self._adamw = torch.optim.AdamW(network.parameters(),
-                                        peak,
-                                        weight_decay=weight_decay,
-                                        fused=True)
-        total = settings.steps + 1
-        self._cycle = torch.optim.lr_scheduler.OneCycleLR(
-            self._adamw,
-            peak,
-            total,
-            pct_start=max(settings.warmup, 2 / total),  # a step at least
-            cycle_momentum=False)
 
-    def step(self):
-        """Applies the gradients that have been accumulated, then drops them."""
-        self._adamw.step()
-        self._cycle.step()
-        self._adamw.zero_grad()
-
-    def state(self):
-        """Of the network it trains too, for `restore`."""
-        parts = self._network, self._adamw, self._cycle
-        return [part.state_dict() for part in parts]
-
-    def restore(self, state):
-        """Goes on from the state of another."""
-        parts = self._network, self._adamw, self._cycle
-        for part, saved in zip(parts, state, strict=True):
-            part.load_state_dict(saved)
+def make_autocast(settings):
+    """The context of a forward: bfloat16 products if `precision` is bf16."""
+    return torch.autocast(
+        settings.device.split(':')[0],
+        torch.bfloat16,
+        settings.precision == 'bf16',
+        cache_enabled=False)  # an optimiser's step outdates it
 
 
 def check_finite(loss, name):

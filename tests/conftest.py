@@ -59,7 +59,8 @@ def load(folder):
         folder: a name under ROOT, or a path.
     """
     folder = ROOT / folder
-    names = ('checkpoint', 'link', 'model', 'processes', 'student', 'trainer')
+    names = ('checkpoint', 'exchange', 'link', 'model', 'processes', 'student',
+             'trainer')
     return types.SimpleNamespace(**_import(
         folder, [name for name in names if (folder / f'{name}.py').exists()]))
 

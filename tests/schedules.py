@@ -106,16 +106,16 @@ def run(main, schedule, dataset, until=None, disturb=None, **overrides):
     steps, taken = until or settings.steps, [0] * settings.k
     for one in trainers:
         # A message's delay is in its receiver's turns, all else in everybody's.
-        one.mailbox.clock = lambda i=one.index: (taken[i] if schedule == 'late'
+        one.exchange.mailbox.clock = lambda i=one.index: (taken[i] if schedule == 'late'
                                                  else sum(taken) / settings.k)
 
     def look(there):
-        copies = {}
+        snapshots = {}
         for one in trainers:
-            copies |= one.copy(networks=one.index in there)
-        found = main.evaluate(copies, settings, dataset.validation_images,
+            snapshots |= one.snapshot(networks=one.index in there)
+        found = main.evaluate(snapshots, settings, dataset.validation_images,
                               dataset.validation_labels)
-        return [one | copies[one['mach']].tally.totals() for one in found]
+        return [one | snapshots[one['mach']].tally.totals() for one in found]
 
     there, own = set(range(settings.k)), {}
     if schedule == 'leaver':

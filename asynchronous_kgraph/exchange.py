@@ -1,0 +1,203 @@
+"""What one MACH asks, answers, relays and keeps: its side of every message.
+
+Two structures hold messages. `_arrived` keeps the newest 32 of each kind, sender
+and depth. `pending` keeps each question to the children, until they have answered
+or its time is over.
+
+Two rules make accuracy independent of the schedule. A step takes one message of
+each kind, sender and depth: the newest unused one. A step without a new Grad or
+Answer reuses the least recently used of the last 32.
+"""
+# Copied from asynchronous_sequence/exchange.py
+
+import collections
+import dataclasses
+import itertools
+import math
+import time
+
+import torch
+from link import Answer, Grad, Mailbox, Spike, is_finite
+
+KEPT = 32  # messages of one kind, sender and depth; the oldest one makes room
+PENDING = 1024  # questions; the oldest one makes room
+LESSON = 10  # deadlines that an answer may take if only the student wants it
+
+
+@dataclasses.dataclass
+class Block:
+    """Rows that go through a forward together: one x and what is due on it."""
+    x: torch.Tensor  # [B, 784]
+    key: tuple | None = None  # of the Spikes about x; None: children not asked
+    expires: float = math.inf  # clock seconds; it ignores later answers
+    spike: Spike | None = None  # to be answered
+    grad: Grad | None = None  # to be applied
+    answers: dict = dataclasses.field(default_factory=dict)  # child -> Answer
+
+
+class Exchange:
+    """The messages of one MACH. Its methods run on that MACH's thread.
+
+    Args:
+        index: of the MACH.
+        children: indices of the MACHs that feed it, in the joiner's order.
+        settings: the hyperparameters of main.py.
+    """
+
+    def __init__(self, index, children, settings):
+        self.index, self.children, self.settings = index, children, settings
+        self.locked = settings.inputs == 'real'  # it waits for real inputs
+        self.mailbox, self.links = Mailbox(), {}  # neighbour's index -> Link
+        self.dropped = 0  # messages that were never used
+        self.versions = dict.fromkeys(children, -1)  # last heard; -1: never
+        # Key of the awaited message -> Block, oldest first. That is the Block's
+        # own key while it awaits answers. A locked MACH then keeps an answered
+        # relay for its Grad: exact gradients need the same inputs.
+        self.pending = {}
+        # (kind, sender, depth) -> entries [message, its Block, number of its last
+        # use], oldest first. An Answer has a Block. Unused entries have number 0.
+        self._arrived = collections.defaultdict(
+            lambda: collections.deque(maxlen=KEPT))
+        self._uses = itertools.count(1)
+        # A MACH that was resumed may get messages to its earlier process. So its
+        # keys begin at the clock.
+        self._numbers = itertools.count(time.time_ns())
+
+    def ask(self, x, depth, spike=None, waits=False):
+        """Spikes the children about x [B, 784]; returns the Block of answers.
+
+        Args:
+            depth: of the Spikes.
+            spike: the Spike that this question relays.
+            waits: whether a step or a relay waits for the answers. Then a relay
+                gets deadline * edges left / depth, so that its answer still
+                arrives in time. The time on links comes on top.
+        """
+        settings, edges = self.settings, depth + 1
+        seconds = LESSON * settings.deadline
+        if waits:
+            seconds = settings.deadline / max(edges, settings.depth)
+        seconds += 2 * (settings.latency + settings.jitter)
+        block = Block(x, (self.index, next(self._numbers)),
+                      self.mailbox.clock() + edges * seconds, spike)
+        self.pending[block.key] = block
+        for child in self.children:
+            self.links[child].send(Spike(block.key, self.index, x, depth))
+        return block
+
+    def receive(self, timeout=0.0):
+        """Sorts what has arrived; waits up to `timeout` seconds for a message."""
+        for message in self.mailbox.collect(timeout):
+            block = None
+            if not is_finite(message):  # the sender diverges: do not follow it
+                self.dropped += 1
+                continue
+            if isinstance(message, Answer):
+                self.versions[message.sender] = message.version
+                block = self.pending.get(message.key)
+                if block is None or message.sender in block.answers:
+                    continue
+                block.answers[message.sender] = message
+            ring = self._arrived[type(message), message.sender, message.depth]
+            self.dropped += len(ring) == KEPT and ring[0][-1] == 0
+            ring.append([message, block, 0])
+
+    def take(self, learning=True):
+        """Chooses the messages of one forward.
+
+        A locked MACH takes all messages, because its gradients are exact.
+
+        Args:
+            learning: if False, Spikes alone are taken, and all of them.
+        Returns:
+            The Blocks to serve, each with a Spike or a Grad or both. The Blocks
+            of the student's lesson, each with answers.
+        """
+        served, lessons, grads = {}, {}, []
+        for (kind, *_), ring in list(self._arrived.items()):
+            if kind is not Spike and not learning:
+                continue
+            chosen = [entry for entry in reversed(ring) if entry[-1] == 0]
+            if learning and not self.locked:
+                chosen = chosen[:1]
+                if kind is not Spike and not chosen:
+                    chosen = [min(ring, key=lambda entry: entry[-1])]
+            for entry in chosen:
+                message, block, entry[-1] = *entry[:2], next(self._uses)
+                if kind is Answer:
+                    lesson = lessons.setdefault(message.key, Block(block.x))
+                    lesson.answers[message.sender] = message
+                elif kind is Grad:
+                    grads.append(message)
+                elif message.depth > 0 and self.children:
+                    self.ask(message.x, message.depth - 1, message, waits=True)
+                else:
+                    block = served.setdefault(message.key, Block(message.x))
+                    block.spike = message
+        served |= {block.spike.key: block for block in self._close()}
+        for grad in grads:  # a Spike and a Grad about the same x share rows
+            block = served.get(grad.key) or self.pending.pop(grad.key, None)
+            block = served.setdefault(grad.key, block or Block(grad.x))
+            block.grad = grad
+        return list(served.values()), list(lessons.values())
+
+    def _close(self):
+        """Ends questions that get no more answers; returns the relays of them."""
+        relays, now = [], self.mailbox.clock()
+        excess = len(self.pending) - PENDING
+        for number, (key, block) in enumerate(list(self.pending.items())):
+            complete = len(block.answers) == len(self.children)
+            over = key == block.key and (complete or block.expires <= now)
+            if over or number < excess:
+                self.dropped += not over
+                del self.pending[key]
+                relays += [block] if block.spike else []
+        return relays
+
+    def answer(self, served, values, version):
+        """Answers the Spikes of Blocks with their parts of values [R, E].
+
+        Args:
+            version: steps that the MACH has taken.
+        """
+        for block, value in zip(served, split(values, served)):
+            spike, block.spike = block.spike, None
+            if spike:
+                self.links[spike.sender].send(
+                    Answer(spike.key, self.index, value, version, spike.depth))
+                if self.locked and block.key and not block.grad:
+                    self.pending[spike.key] = block
+
+    def send_grads(self, block, gradient, depth):
+        """Sends each child that still learns its slice of gradient [B, C, E].
+
+        Args:
+            block: the rows that the gradient is about.
+            depth: edges that it may travel.
+        """
+        # Without Spikes about x the key is new. In a cycle, a child may get two
+        # Grads that came here with the same key.
+        key = block.key or (self.index, next(self._numbers))
+        for position, child in enumerate(self.children if depth > 0 else ()):
+            answer, version = block.answers.get(child), self.versions[child]
+            if version < self.settings.steps:
+                version = answer.version if answer else version
+                self.links[child].send(
+                    Grad(key, self.index, block.x, gradient[:, position],
+                         version, depth - 1))
+
+    def child_learns(self):
+        """Whether a child has not taken its last step, as far as is known."""
+        return any(v < self.settings.steps for v in self.versions.values())
+
+    def count(self, tally):
+        """Adds the messages that were dropped or lost to a Tally."""
+        tally.dropped += self.dropped + self.mailbox.dropped
+        for way in self.links.values():
+            tally.dropped += way.dropped
+            tally.lost += way.lost
+
+
+def split(tensor, blocks):
+    """tensor [R, ...] in the parts [B, ...] that belong to each of the Blocks."""
+    return tensor.split([len(block.x) for block in blocks])
