@@ -1,8 +1,8 @@
 """What one MACH asks, answers, relays and keeps: its side of every message.
 
-Two structures hold messages. `_arrived` keeps the newest 32 of each kind, sender
-and depth. `pending` keeps each question to the children, until they have answered
-or its time is over.
+Two structures hold messages. `_arrived` keeps the newest 32 of each kind,
+sender and depth. `pending` keeps each question to the children, until they have
+answered or its time is over.
 
 Two rules make accuracy independent of the schedule. A step takes one message of
 each kind, sender and depth: the newest unused one. A step without a new Grad or
@@ -50,17 +50,19 @@ class Exchange:
         self.mailbox, self.links = Mailbox(), {}  # neighbour's index -> Link
         self.dropped = 0  # messages that were never used
         self.versions = dict.fromkeys(children, -1)  # last heard; -1: never
+        self._quiet_until = -math.inf  # see `child_learns`
         # Key of the awaited message -> Block, oldest first. That is the Block's
         # own key while it awaits answers. A locked MACH then keeps an answered
         # relay for its Grad: exact gradients need the same inputs.
         self.pending = {}
-        # (kind, sender, depth) -> entries [message, its Block, number of its last
-        # use], oldest first. An Answer has a Block. Unused entries have number 0.
+        # (kind, sender, depth) -> [message, its Block, number of its last use],
+        # oldest first. Only an Answer has a Block. An unused entry has number
+        # 0.
         self._arrived = collections.defaultdict(
             lambda: collections.deque(maxlen=KEPT))
         self._uses = itertools.count(1)
-        # A MACH that was resumed may get messages to its earlier process. So its
-        # keys begin at the clock.
+        # A resumed MACH may get messages to its earlier process. So its keys
+        # begin at the clock.
         self._numbers = itertools.count(time.time_ns())
 
     def ask(self, x, depth, spike=None, waits=False):
@@ -86,7 +88,7 @@ class Exchange:
         return block
 
     def receive(self, timeout=0.0):
-        """Sorts what has arrived; waits up to `timeout` seconds for a message."""
+        """Sorts new messages; waits up to `timeout` seconds for the first."""
         for message in self.mailbox.collect(timeout):
             block = None
             if not is_finite(message):  # the sender diverges: do not follow it
@@ -94,6 +96,8 @@ class Exchange:
                 continue
             if isinstance(message, Answer):
                 self.versions[message.sender] = message.version
+                if message.version < self.settings.steps:
+                    self._quiet_until = -math.inf
                 block = self.pending.get(message.key)
                 if block is None or message.sender in block.answers:
                     continue
@@ -142,7 +146,7 @@ class Exchange:
         return list(served.values()), list(lessons.values())
 
     def _close(self):
-        """Ends questions that get no more answers; returns the relays of them."""
+        """Ends questions that get no more answers; returns those relays."""
         relays, now = [], self.mailbox.clock()
         excess = len(self.pending) - PENDING
         for number, (key, block) in enumerate(list(self.pending.items())):
@@ -187,8 +191,18 @@ class Exchange:
                          version, depth - 1))
 
     def child_learns(self):
-        """Whether a child has not taken its last step, as far as is known."""
-        return any(v < self.settings.steps for v in self.versions.values())
+        """Whether a finished MACH is to send Grads once more: a child learns.
+
+        Such a child has answered since the last time. Or none has for
+        `deadline` seconds: messages may be lost.
+        """
+        now = self.mailbox.clock()
+        if now < self._quiet_until or all(
+                version >= self.settings.steps
+                for version in self.versions.values()):
+            return False
+        self._quiet_until = now + self.settings.deadline
+        return True
 
     def count(self, tally):
         """Adds the messages that were dropped or lost to a Tally."""
@@ -199,5 +213,5 @@ class Exchange:
 
 
 def split(tensor, blocks):
-    """tensor [R, ...] in the parts [B, ...] that belong to each of the Blocks."""
+    """tensor [R, ...] in parts [B, ...], one for each Block."""
     return tensor.split([len(block.x) for block in blocks])

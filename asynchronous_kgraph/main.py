@@ -15,7 +15,7 @@ deviation over 3 seeds; isolated 97.42) in 113 s of training on two cores, fp32.
 import os
 import signal
 
-# Ctrl-C during the imports, which take seconds: an exception could be swallowed.
+# Ctrl-C during the imports, which take seconds: one could swallow an exception.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -47,6 +47,7 @@ from trainer import Snapshot, Trainer
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
 CORES = torch.get_num_threads()
+GPUS = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
 torch.set_num_threads(1)  # a MACH is one thread, within its products too
 
 # ------------------------------------------------------------ hyperparameters
@@ -64,57 +65,53 @@ class Hyperparameters:
     """Edit the defaults in place, or override one for a run: --name value."""
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
-    validation: int = hparam(5000, 'images held out, for eval lines', 10, 50000)
+    validation: int = hparam(5000, 'held-out images, for eval lines', 10, 50000)
     shards: str = hparam('disjoint', 'images of a MACH', 'disjoint', 'full')
     # Run.
-    seed: int = hparam(0, 'of weights, shards, shuffles', 0, 10**9)
+    seed: int = hparam(0, 'draws weights, shards, batches', 0, 10**9)
     steps: int = hparam(3000, 'training steps of each MACH', 1, 10**9)
-    batch_size: int = hparam(128, 'own images in a step', 1, 60000)
-    log_every: int = hparam(200, 'steps', 1, 10**9)
-    evaluate_every: int = hparam(1000, 'steps, 0 for never', 0, 10**9)
-    device: str = hparam('cpu', 'cpu, or cuda:N (written, never run)')
+    batch_size: int = hparam(128, 'own images in one step', 1, 60000)
+    log_every: int = hparam(200, 'steps between `step` lines', 1, 10**9)
+    evaluate_every: int = hparam(1000, 'steps; 0: no eval lines', 0, 10**9)
+    device: str = hparam('cpu', 'of networks; cuda: never run', 'cpu', *GPUS)
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
-    checkpoint: str = hparam('', 'folder that keeps MACHs; none if empty')
-    checkpoint_every: int = hparam(500, 'steps from one to the next', 1, 10**9)
-    resume: bool = hparam(False, 'go on from `checkpoint`', 'False', 'True')
+    checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
+    checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
+    resume: bool = hparam(False, 'from the checkpoints', 'False', 'True')
     # Graph and messages.
-    k: int = hparam(5, 'MACHs; 1 is central, one on all the data', 1, 1000)
-    connected: bool = hparam(True, 'or isolated', 'False', 'True')
-    neighbours: int = hparam(0, 'children of a MACH, 0 for all', 0, 999)
-    depth: int = hparam(1, 'edges that Spikes and Grads travel', 0, 100)
-    inputs: str = hparam('synthetic', 'in training', 'synthetic', 'real')
-    deadline: float = hparam(1.0, 'seconds, for answers waited for', 0.001, 1e6)
-    share: float = hparam(0.25, 'of own rows sent: largest Grads', 0.001, 1)
-    grad_weight: float = hparam(0.5, 'of a Grad, in own gradients', 0, 1e6)
-    # Processes: as many as torchrun starts.
-    hosts: str = hparam('', 'a,b: of equally many processes; empty: this one')
-    log_folder: str = hparam('', "folder for each process's log; empty: none")
-    # Conditions: what links and MACHs are made to suffer.
-    latency: float = hparam(0.0, 'seconds on an edge, each way', 0, 1e6)
-    jitter: float = hparam(0.0, 'seconds more at most, at random', 0, 1e6)
-    loss_rate: float = hparam(0.0, 'of messages, lost', 0, 1)
-    slow_mach: int = hparam(-1, 'the MACH that is slow, -1 for none', -1, 999)
+    k: int = hparam(5, 'MACHs; 1: one MACH on all the data', 1, 1000)
+    connected: bool = hparam(True, 'False: no edges', 'False', 'True')
+    neighbours: int = hparam(0, 'children of each MACH; 0: all', 0, 999)
+    depth: int = hparam(1, 'edges a Spike or Grad may travel', 0, 100)
+    inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
+    deadline: float = hparam(1.0, 'seconds to wait for real inputs', 0.001, 1e6)
+    share: float = hparam(0.25, 'of own rows that children get', 0.001, 1)
+    grad_weight: float = hparam(0.5, 'norm of a Grad, in own gradients', 0, 1e6)
+    # Processes; torchrun says how many.
+    hosts: str = hparam('', 'a,b: hosts of the processes; empty: this one')
+    log_folder: str = hparam('', 'folder of a log per process; empty: none')
+    # Conditions that links and MACHs are put under.
+    latency: float = hparam(0.0, 'seconds that a message travels', 0, 1e6)
+    jitter: float = hparam(0.0, 'most seconds more, at random', 0, 1e6)
+    loss_rate: float = hparam(0.0, 'share of messages lost', 0, 1)
+    slow_mach: int = hparam(-1, 'index of a slow MACH; -1: none', -1, 999)
     slow_factor: float = hparam(10.0, 'times longer, its steps', 1, 1e6)
     # Networks.
-    embedding: int = hparam(64, 'units that a MACH answers with', 1, 16384)
-    hidden: int = hparam(512, 'units, then half as many', 2, 16384)
-    student_hidden: int = hparam(128, 'units in each of two layers', 1, 16384)
+    embedding: int = hparam(64, 'units of an embedding', 1, 16384)
+    hidden: int = hparam(512, 'units of layer 1; layer 2: half', 2, 16384)
+    student_hidden: int = hparam(128, 'units of its two layers', 1, 16384)
     # Optimisation: AdamW, one learning-rate cycle over the run.
-    learning_rate: float = hparam(0.003, 'peak', 0, 1e6)
+    learning_rate: float = hparam(0.003, 'peak, of the network', 0, 1e6)
     student_learning_rate: float = hparam(0.001, 'peak', 0, 1e6)
-    warmup: float = hparam(0.1, 'share of steps to the peak', 0, 0.999)
-    weight_decay: float = hparam(0.05, 'not of the student', 0, 1e6)
-    label_smoothing: float = hparam(0.1, 'regularises', 0, 0.999)
-    dropout: float = hparam(0.3, 'of h, to lean on children', 0, 0.999)
+    warmup: float = hparam(0.1, 'share of steps up to the peak', 0, 0.999)
+    weight_decay: float = hparam(0.05, 'of the network', 0, 1e6)
+    label_smoothing: float = hparam(0.1, 'of the target loss', 0, 0.999)
+    dropout: float = hparam(0.3, 'of h: a MACH then needs its inputs', 0, 0.999)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             setattr(self, field.name, read(field, getattr(self, field.name)))
-        count = torch.cuda.device_count()
-        devices = ['cpu', *(f'cuda:{i}' for i in range(count))]
-        if self.device not in devices:
-            raise ValueError(f'--device must be {" or ".join(devices)}')
         if self.resume and not self.checkpoint:
             raise ValueError('--resume needs the folder --checkpoint')
         if max(self.neighbours, self.slow_mach) >= self.k:
@@ -190,7 +187,7 @@ def children_of(settings):
 
 # Copied from synchronous_sequence/main.py
 def make_networks(settings):
-    """For each MACH its children, its network and its student (None without)."""
+    """For each MACH its children, its network, and its student or None."""
     torch.manual_seed(settings.seed)
     made = []
     for children in children_of(settings):
@@ -237,8 +234,9 @@ def make_trainers(settings, dataset):
 class Turns:
     """Lets `count` MACHs compute at once, in the order in which they asked.
 
-    A MACH waits here for a core, as any thread does, never for a message. Without
-    turns, many threads fight for Python's one lock in the midst of their steps.
+    A MACH waits here for a core, as any thread does, never for a message.
+    Without turns many threads compete for Python's one lock in the midst of a
+    step.
     """
 
     def __init__(self, count):
@@ -268,7 +266,7 @@ TURNS = Turns(CORES + 1)  # one more, while another waits for Python's lock
 def work(trainer, settings, events, halt):
     """A MACH's thread: it trains, then serves until `halt` is set.
 
-    Each event for the main thread is a list of fields of `step` lines and a dict
+    An event for the main thread is a list of fields of `step` lines and a dict
     of Snapshots. They are made here: no other thread touches a MACH.
     """
     turns = TURNS
@@ -309,8 +307,8 @@ def train(trainers, settings, dataset, node):
     """Runs the threads and prints what all MACHs report, until all have ended.
 
     Training does not pause for an evaluation: whenever the slowest MACH has
-    reported, the main thread evaluates the newest Snapshots. It does not wait for
-    a MACH whose process is gone.
+    reported, the main thread evaluates the newest Snapshots. It skips a MACH
+    whose process is gone.
 
     Args:
         trainers: of this process.
@@ -356,7 +354,7 @@ def train(trainers, settings, dataset, node):
         if slowest > evaluated and not node.signal:
             evaluated = slowest
             if settings.evaluate_every and metrics.OUTPUTS:
-                say_eval(snapshots, settings, dataset)
+                say_eval(evaluated, snapshots, settings, dataset)
     halt.set()
     bar.close()
     for thread in threads:
@@ -371,16 +369,13 @@ def train(trainers, settings, dataset, node):
 
 
 # Copied from synchronous_single/main.py
-def say_eval(snapshots, settings, dataset):
-    """Prints the `eval` line of the slowest MACH's step, on validation images."""
+def say_eval(step, snapshots, settings, dataset):
+    """Prints the `eval` line of a step: the mean on the validation images."""
     mean = metrics.mean(
         evaluate(snapshots, settings, dataset.validation_images,
                  dataset.validation_labels))
-    tallies = [one.tally for one in snapshots.values() if not one.failed]
-    metrics.say('eval',
-                step=min(tally.steps for tally in tallies),
-                **mean,
-                seconds=max(tally.seconds for tally in tallies))
+    seconds = max(one.tally.seconds for one in snapshots.values())
+    metrics.say('eval', step=step, **mean, seconds=seconds)
 
 
 # Copied from synchronous_sequence/main.py
@@ -389,8 +384,8 @@ def evaluate(snapshots, settings, images, labels):
     """Accuracies of all MACHs, in percent; NaN for one without networks.
 
     `synthetic`: the MACH answers alone, on its student's inputs. `real`: its
-    children answer, and theirs, to the experiment's depth. The synthetic input of
-    a child without networks stays.
+    children answer, and theirs, to the experiment's depth. A child without
+    networks is replaced by its synthetic input.
 
     Args:
         snapshots: index -> Snapshot.

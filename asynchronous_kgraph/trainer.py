@@ -1,8 +1,8 @@
-"""The delayed-gradient trainer of one MACH. Its methods run on that MACH's thread.
+"""The delayed-gradient trainer of one MACH; methods run on that MACH's thread.
 
-A step trains the MACH on a batch of its own. In the same forward it answers Spikes,
-and in the same backward it applies Grads, with the parameters it has by then. The
-number of steps that a Grad comes late is counted: its staleness.
+A step trains the MACH on a batch of its own. In the same forward it answers
+Spikes, and in the same backward it applies Grads, with the parameters it has by
+then. The number of steps that a Grad comes late is counted: its staleness.
 
 Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 neither many Grads nor large ones outweigh the own data, on any schedule.
@@ -20,6 +20,7 @@ import student as students
 import torch
 from exchange import Block, Exchange, split
 from torch import nn
+from torch.linalg import vector_norm
 from torch.nn import functional
 
 from mach import metrics
@@ -42,7 +43,7 @@ class Trainer:
         index: of the MACH.
         network: a Mach.
         student: the synthetic inputs; None for a MACH without children.
-        children: indices of the MACHs that feed this one, in the joiner's order.
+        children: indices of the MACHs that feed it, in the joiner's order.
         batches: iterator of (x [B, 784], y [B]), the local dataset.
         settings: the hyperparameters of main.py.
     """
@@ -145,8 +146,8 @@ class Trainer:
         relative error in place of 2.6%).
 
         Returns:
-            inputs [R, C, E], a leaf (None without children): its gradient goes to
-            the children as Grads, none reaches the student. d(x) [R, E].
+            inputs [R, C, E], a leaf (None without children): its gradient goes
+            to the children as Grads, none reaches the student. d(x) [R, E].
         """
         x, inputs = torch.cat([block.x for block in blocks]), None  # [R, 784]
         h = self.network.local_part(x)  # [R, E]
@@ -166,15 +167,15 @@ class Trainer:
 
     def _collect(self, served, answers):
         """The gradient [R, E] that Grads bring about answers; 0 for a Spike."""
-        gradient = torch.zeros_like(answers)
-        for block, part in zip(served, split(gradient, served)):
-            if block.grad:
-                part += block.grad.gradient
-                # Resumed from a checkpoint, it may be behind what it has sent.
-                late = max(0, self.steps_taken - block.grad.version)
-                if block.grad.version >= 0 and not self.finished:
-                    self.tally.grad(late)
-        return gradient
+        parts = []
+        for block in served:
+            grad = block.grad
+            parts.append(grad.gradient if grad else answers.
+                         new_zeros(len(block.x), answers.shape[1]))
+            if grad and grad.version >= 0 and not self.finished:
+                # After a resume, a Grad can be about a later step than this.
+                self.tally.grad(max(0, self.steps_taken - grad.version))
+        return torch.cat(parts) if parts else torch.zeros_like(answers)
 
     def _rescale(self, gradient, blocks):
         """Scales each Grad to `grad_weight` times the own gradient, in place.
@@ -184,10 +185,11 @@ class Trainer:
         Args:
             gradient: [R, E], of the Blocks' embeddings; own rows come first.
         """
-        own, *parts = split(gradient, blocks)
-        norm = self.settings.grad_weight * own.norm(dim=1).sum()
-        for part in parts:
-            part *= norm / part.norm(dim=1).sum().clamp_min(1e-20)
+        own, *norms = [
+            norm.sum() for norm in split(vector_norm(gradient, dim=1), blocks)
+        ]
+        for part, norm in zip(split(gradient, blocks)[1:], norms):
+            part *= self.settings.grad_weight * own / norm.clamp_min(1e-20)
 
     def _teach_student(self, lessons):
         """Backpropagates the synthetic loss about answers that have come."""
@@ -203,7 +205,7 @@ class Trainer:
     def _tell_children(self, own, served, gradient):
         """Sends Grads as far as they may travel, and a Spike about own rows.
 
-        Only the own rows with the largest gradients go (`share`). The other rows
+        Only the own rows with the largest gradients go (`share`). The rest
         would cost the children as much and teach them little.
 
         Args:
@@ -213,7 +215,8 @@ class Trainer:
         first, *parts = split(gradient, [own, *served])
         if own.key is None:
             rows = math.ceil(self.settings.share * len(own.x))
-            largest = first.flatten(1).norm(dim=1).topk(rows).indices
+            norms = vector_norm(first.flatten(1), dim=1)
+            largest = norms.topk(rows).indices
             first = first[largest]
             own = self.exchange.ask(own.x[largest], max(0, depth - 1))
         self.exchange.send_grads(own, first, depth)
@@ -267,10 +270,10 @@ def drop(h, own, settings, *seeds):
 
 # Copied from synchronous_single/trainer.py
 def make_optimiser(networks, students_of, settings):
-    """AdamW with a group of the networks and a group of their students; its cycle.
+    """AdamW with a group of networks and one of students; its learning rates.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
-    cycle ends at a learning rate of exactly 0, which changes no parameter. AdamW
+    one cycle of rates ends at exactly 0, which changes no parameter. AdamW
     skips a network without gradients.
     """
     rates = [settings.learning_rate, settings.student_learning_rate]

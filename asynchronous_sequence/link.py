@@ -1,7 +1,8 @@
 """The messages between MACHs, and the links and mailboxes that carry them.
 
-A MACH knows a neighbour only as a link. `send` never waits. Here a link ends in a
-mailbox of the same process. It can delay and lose messages, as a network would.
+A MACH knows a neighbour only as a link, whose `send` never waits. Here a link
+ends in a mailbox of the same process. It can delay and lose messages, as a
+network can.
 """
 
 import dataclasses

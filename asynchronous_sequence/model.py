@@ -1,4 +1,4 @@
-"""The network of a MACH: local network, joiner of the children's answers, head."""
+"""The network of a MACH: local network, joiner of children's answers, head."""
 # Copied from synchronous_single/model.py
 
 import torch
@@ -8,8 +8,8 @@ from torch import nn
 class Mach(nn.Module):
     """One learning component with `children` neighbours that feed it.
 
-    The children's answers enter late, just before the embedding's relu. A network
-    that gets them in its first layer, beside x, learns to ignore them.
+    The children's answers enter late, just before the embedding's relu. In the
+    first layer, beside x, the network learns to ignore them.
 
     Args:
         children: C, how many MACHs feed this one; 0 for none.
@@ -33,8 +33,8 @@ class Mach(nn.Module):
             mean = torch.eye(embedding).repeat(1, children) / children
             with torch.no_grad():
                 self.joiner.weight.mul_(0.2).add_(mean, alpha=0.3)
-        # d [B, E] -> answer [B, E], without parameters. Parents see neither scale
-        # nor mean of an embedding, and their Grads can push neither.
+        # d [B, E] -> answer [B, E], without parameters. Parents see neither the
+        # scale nor the mean of an embedding, and their Grads push neither.
         self.answer = nn.LayerNorm(embedding, elementwise_affine=False)
         self.head = nn.Linear(embedding, classes)  # d [B, E] -> logits [B, 10]
 
@@ -46,7 +46,7 @@ class Mach(nn.Module):
         return self.join(self.local_part(x), inputs)
 
     # The two parts of the forward stand apart, because a training step drops
-    # units of h alone. Autocast makes both bfloat16; messages keep x's precision.
+    # units of h alone. Autocast makes both bfloat16; messages are as x is.
 
     def local_part(self, x):
         """x [B, 784] -> h [B, E], what the local network makes of x."""

@@ -61,20 +61,14 @@ def make_parser():
         metavar='NAME',
         default=EXPERIMENTS,
         help='experiments, or folders with a main.py; default: all five')
-    add('--seeds',
-        type=numbers,
-        default=[None],
-        help='run once per seed: 0,1,2')
+    add('--seeds', type=numbers, default=[None], help='a run per seed: 0,1,2')
     add('--isolated', choices=('True', 'False'), help='run again without edges')
     # The process id keeps two folders of the same second apart.
     add('--logs',
         metavar='FOLDER',
         default=time.strftime(f'.runs/%Y%m%d-%H%M%S-{os.getpid()}'),
         help='the folder of the logs; default: .runs/<date-time>')
-    add('--compare',
-        nargs='+',
-        metavar='LOG',
-        help='print the table of the logs')
+    add('--compare', nargs='+', metavar='LOG', help='print the table of logs')
     return parser
 
 

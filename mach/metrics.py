@@ -342,7 +342,7 @@ def _settings(log):
 
 
 def _differs(log, logs):
-    """'depth 1, steps 400': the settings of a run that differ between `logs`."""
+    """'depth 1, steps 400': the settings of `log` that vary among `logs`."""
     rows = [_settings(other) for other in logs]
     names = dict.fromkeys(name for row in rows for name in row if name != 'k')
     return ', '.join(f'{name} {log.hparams.get(name, "-")}' for name in names

@@ -1,10 +1,10 @@
 """The delayed-gradient trainer of k MACHs in lockstep, for any graph.
 
-All MACHs take each step together, on one thread, and ask each other by calls. So
-a seed decides everything. A Grad is applied exactly `delay` steps after it was
-computed, with the parameters of that later step. With `delay 0` it is applied
-before any parameter changes: that is backpropagation through the graph unrolled
-to `depth`.
+All MACHs take each step together, on one thread, and ask each other by calls.
+So the seed decides everything. A Grad is applied exactly `delay` steps after it
+was computed, with the parameters of that later step. With `delay 0` it is
+applied before any parameter changes: that is backpropagation through the graph
+unrolled to `depth`.
 """
 # Copied from synchronous_sequence/trainer.py
 
@@ -95,8 +95,8 @@ class Trainer:
     def _learn(self, i, x=None, y=None):
         """Backpropagates the target loss of MACH i, if any, and all Grads due.
 
-        Own rows and Grads are one batch: one forward, one backward. No parameter
-        changes yet: other MACHs still ask this one, and send it Grads.
+        Own rows and Grads are one batch: one forward, one backward. No
+        parameter changes yet: other MACHs still ask this one and send it Grads.
 
         Args:
             i: index of the MACH.
@@ -119,7 +119,7 @@ class Trainer:
                     for block in blocks
                 ]).requires_grad_()  # [R, C, E]
             h = network.local_part(torch.cat([block.x for block in blocks]))
-            # Rows of other MACHs have no dropout: students would chase its noise.
+            # Other MACHs' rows have no dropout: students would chase its noise.
             h = drop(h, own, settings, i, self.steps_taken)
             d = network.join(h, inputs)  # [R, E]
             roots, gradients = [], []
@@ -182,7 +182,7 @@ class Trainer:
         """
         parts = gradient.split([len(block.x) for block in blocks])
         for block, part in zip(blocks, parts):
-            weight = 1.0 if block.grad is not None else self.settings.grad_weight
+            weight = self.settings.grad_weight if block.grad is None else 1.0
             for position, child in enumerate(self.children[i]):
                 if block.depth == 0:
                     continue
@@ -252,10 +252,10 @@ def drop(h, own, settings, *seeds):
 
 # Copied from synchronous_single/trainer.py
 def make_optimiser(networks, students_of, settings):
-    """AdamW with a group of the networks and a group of their students; its cycle.
+    """AdamW with a group of networks and one of students; its learning rates.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
-    cycle ends at a learning rate of exactly 0, which changes no parameter. AdamW
+    one cycle of rates ends at exactly 0, which changes no parameter. AdamW
     skips a network without gradients.
     """
     rates = [settings.learning_rate, settings.student_learning_rate]

@@ -9,13 +9,14 @@ the MACH before instead of the MACH itself.
     python synchronous_sequence/main.py
 
 Expect, mean of 3 MACHs, real 98.59 ± 0.01, synthetic 98.49 ± 0.04 (mean and
-deviation over 3 seeds) in 77 s of training on two cores, fp32. Same seed, same log.
+deviation over 3 seeds) in 77 s of training on two cores, fp32. Same seed, same
+log.
 """
 
 import os
 import signal
 
-# Ctrl-C during the imports, which take seconds: an exception could be swallowed.
+# Ctrl-C during the imports, which take seconds: one could swallow an exception.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -43,6 +44,7 @@ from trainer import Trainer
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
 CORES = torch.get_num_threads()
+GPUS = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
 torch.set_num_threads(1)  # the training thread is to have them all
 
 # ------------------------------------------------------------ hyperparameters
@@ -60,46 +62,42 @@ class Hyperparameters:
     """Edit the defaults in place, or override one for a run: --name value."""
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
-    validation: int = hparam(5000, 'images held out, for eval lines', 10, 50000)
+    validation: int = hparam(5000, 'held-out images, for eval lines', 10, 50000)
     shards: str = hparam('full', 'images of a MACH', 'disjoint', 'full')
     # Run.
-    seed: int = hparam(0, 'of weights, shards, shuffles', 0, 10**9)
+    seed: int = hparam(0, 'draws weights, shards, batches', 0, 10**9)
     steps: int = hparam(2500, 'training steps of each MACH', 1, 10**9)
-    batch_size: int = hparam(128, 'own images in a step', 1, 60000)
-    log_every: int = hparam(200, 'steps', 1, 10**9)
-    evaluate_every: int = hparam(1000, 'steps, 0 for never', 0, 10**9)
-    device: str = hparam('cpu', 'cpu, or cuda:N (written, never run)')
+    batch_size: int = hparam(128, 'own images in one step', 1, 60000)
+    log_every: int = hparam(200, 'steps between `step` lines', 1, 10**9)
+    evaluate_every: int = hparam(1000, 'steps; 0: no eval lines', 0, 10**9)
+    device: str = hparam('cpu', 'of networks; cuda: never run', 'cpu', *GPUS)
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
-    checkpoint: str = hparam('', 'folder that keeps MACHs; none if empty')
-    checkpoint_every: int = hparam(500, 'steps from one to the next', 1, 10**9)
-    resume: bool = hparam(False, 'go on from `checkpoint`', 'False', 'True')
+    checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
+    checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
+    resume: bool = hparam(False, 'from the checkpoints', 'False', 'True')
     # Graph and messages.
-    k: int = hparam(3, 'MACHs; 1 is central, one on all the data', 1, 1000)
-    connected: bool = hparam(True, 'or isolated', 'False', 'True')
-    depth: int = hparam(2, 'edges that Spikes and Grads travel', 0, 100)
-    delay: int = hparam(1, 'steps a Grad is late; 0 is backprop', 0, 10000)
-    inputs: str = hparam('synthetic', 'in training', 'synthetic', 'real')
-    grad_weight: float = hparam(1.0, 'factor on the Grads it sends', 0, 1e6)
+    k: int = hparam(3, 'MACHs; 1: one MACH on all the data', 1, 1000)
+    connected: bool = hparam(True, 'False: no edges', 'False', 'True')
+    depth: int = hparam(2, 'edges a Spike or Grad may travel', 0, 100)
+    delay: int = hparam(1, 'steps a Grad is late; 0: no delay', 0, 10000)
+    inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
+    grad_weight: float = hparam(1.0, 'factor on Grads that are sent', 0, 1e6)
     # Networks.
-    embedding: int = hparam(64, 'units that a MACH answers with', 1, 16384)
-    hidden: int = hparam(512, 'units, then half as many', 2, 16384)
-    student_hidden: int = hparam(256, 'units in each of two layers', 1, 16384)
+    embedding: int = hparam(64, 'units of an embedding', 1, 16384)
+    hidden: int = hparam(512, 'units of layer 1; layer 2: half', 2, 16384)
+    student_hidden: int = hparam(256, 'units of its two layers', 1, 16384)
     # Optimisation: AdamW, one learning-rate cycle over the run.
-    learning_rate: float = hparam(0.002, 'peak', 0, 1e6)
+    learning_rate: float = hparam(0.002, 'peak, of the network', 0, 1e6)
     student_learning_rate: float = hparam(0.002, 'peak', 0, 1e6)
-    warmup: float = hparam(0.1, 'share of steps to the peak', 0, 0.999)
-    weight_decay: float = hparam(0.05, 'not of the student', 0, 1e6)
-    label_smoothing: float = hparam(0.1, 'regularises', 0, 0.999)
-    dropout: float = hparam(0.0, 'of h, to lean on children', 0, 0.999)
+    warmup: float = hparam(0.1, 'share of steps up to the peak', 0, 0.999)
+    weight_decay: float = hparam(0.05, 'of the network', 0, 1e6)
+    label_smoothing: float = hparam(0.1, 'of the target loss', 0, 0.999)
+    dropout: float = hparam(0.0, 'of h: a MACH then needs its inputs', 0, 0.999)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             setattr(self, field.name, read(field, getattr(self, field.name)))
-        count = torch.cuda.device_count()
-        devices = ['cpu', *(f'cuda:{i}' for i in range(count))]
-        if self.device not in devices:
-            raise ValueError(f'--device must be {" or ".join(devices)}')
         if self.resume and not self.checkpoint:
             raise ValueError('--resume needs the folder --checkpoint')
 
@@ -165,7 +163,7 @@ def children_of(settings):
 
 
 def make_networks(settings):
-    """For each MACH its children, its network and its student (None without)."""
+    """For each MACH its children, its network, and its student or None."""
     torch.manual_seed(settings.seed)
     made = []
     for children in children_of(settings):
@@ -202,7 +200,7 @@ def make_trainer(settings, dataset):
 def work(trainer, settings, events, halt):
     """The training thread: it steps until `halt` is set.
 
-    Each event for the main thread is a list of fields of `step` lines and a dict
+    An event for the main thread is a list of fields of `step` lines and a dict
     of Snapshots. They are made here: no other thread touches a MACH.
     """
     torch.set_num_threads(CORES)
@@ -266,7 +264,7 @@ def train(trainer, settings, dataset, signals):
         snapshots |= news
         before, evaluated = evaluated, snapshots[0].tally.steps
         if before < evaluated and settings.evaluate_every and not signals:
-            say_eval(snapshots, settings, dataset)
+            say_eval(evaluated, snapshots, settings, dataset)
     bar.close()
     thread.join(0.1)
     return snapshots
@@ -276,16 +274,13 @@ def train(trainer, settings, dataset, signals):
 
 
 # Copied from synchronous_single/main.py
-def say_eval(snapshots, settings, dataset):
-    """Prints the `eval` line of the slowest MACH's step, on validation images."""
+def say_eval(step, snapshots, settings, dataset):
+    """Prints the `eval` line of a step: the mean on the validation images."""
     mean = metrics.mean(
         evaluate(snapshots, settings, dataset.validation_images,
                  dataset.validation_labels))
-    tallies = [one.tally for one in snapshots.values() if not one.failed]
-    metrics.say('eval',
-                step=min(tally.steps for tally in tallies),
-                **mean,
-                seconds=max(tally.seconds for tally in tallies))
+    seconds = max(one.tally.seconds for one in snapshots.values())
+    metrics.say('eval', step=step, **mean, seconds=seconds)
 
 
 @torch.inference_mode()
@@ -293,8 +288,8 @@ def evaluate(snapshots, settings, images, labels):
     """Accuracies of all MACHs, in percent; NaN for one without networks.
 
     `synthetic`: the MACH answers alone, on its student's inputs. `real`: its
-    children answer, and theirs, to the experiment's depth. The synthetic input of
-    a child without networks stays.
+    children answer, and theirs, to the experiment's depth. A child without
+    networks is replaced by its synthetic input.
 
     Args:
         snapshots: index -> Snapshot.

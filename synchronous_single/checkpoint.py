@@ -41,9 +41,9 @@ def save(trainer, folder):
         with contextlib.suppress(OSError):
             staged.unlink()
         with contextlib.suppress(OSError):  # stderr may be on the same disk
-            print(
-                f'warning: no checkpoint of step {trainer.steps_taken}: {error}',
-                file=sys.stderr)
+            step = trainer.steps_taken
+            print(f'warning: no checkpoint of step {step}: {error}',
+                  file=sys.stderr)
 
 
 def resume(trainer, folder):

@@ -114,10 +114,10 @@ class Trainer:
 
 
 def make_optimiser(networks, students_of, settings):
-    """AdamW with a group of the networks and a group of their students; its cycle.
+    """AdamW with a group of networks and one of students; its learning rates.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
-    cycle ends at a learning rate of exactly 0, which changes no parameter. AdamW
+    one cycle of rates ends at exactly 0, which changes no parameter. AdamW
     skips a network without gradients.
     """
     rates = [settings.learning_rate, settings.student_learning_rate]

@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 
+import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -18,9 +19,16 @@ sys.path.insert(0, str(ROOT))  # lets the tests import `mach`
 torch.set_num_threads(1)
 
 PIXELS, CLASSES = 9, 10
+WIDTH = 6  # of an embedding
 SYNCHRONOUS = ('synchronous_single', 'synchronous_sequence',
                'synchronous_kgraph')
 ASYNCHRONOUS = ('asynchronous_sequence', 'asynchronous_kgraph')
+GRAPHS = {  # the children of each MACH
+    'chain': [[], [0], [1], [2]],
+    'diamond': [[], [0], [0, 1], [1, 2]],
+    'full': [[], [0], [0, 1], [0, 1, 2]],
+    'cycle': [[1, 2], [0, 2], [0, 1]],
+}
 # The folder of real MNIST; None where there is none.
 DATA = next((pathlib.Path(place).resolve()
              for place in (os.environ.get('MACH_DATA'), ROOT / 'data',
@@ -79,8 +87,6 @@ def make_settings(**overrides):
                   delay=0,
                   inputs='synthetic',
                   deadline=1e9,
-                  mailbox=64,
-                  recent=64,
                   latency=0.0,
                   jitter=0.0,
                   share=1.0,
@@ -103,39 +109,209 @@ def make_settings(**overrides):
 
 
 class Batches:
-    """Endless random batches; `taken` keeps them."""
+    """Endless random batches; `taken` keeps them, `shift` changes labels."""
 
     def __init__(self, seed, rows=4):
-        self.taken, self._rows = [], rows
+        self.taken, self.shift, self._rows = [], 0, rows
         self._generator = torch.Generator().manual_seed(seed)
 
-    def next(self):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
         """x [B, PIXELS], y [B]."""
         x = torch.randn(self._rows,
                         PIXELS,
                         generator=self._generator,
                         dtype=torch.float64)
         y = torch.randint(CLASSES, (self._rows,), generator=self._generator)
-        self.taken.append((x, y))
-        return x, y
+        self.taken.append((x, (y + self.shift) % CLASSES))
+        return self.taken[-1]
 
-    def state(self):
-        """What is drawn next."""
-        return self._generator.get_state()
+    def state_dict(self):
+        """Decides what is drawn next."""
+        return dict(generator=self._generator.get_state())
 
-    def restore(self, state):
-        """Draws that next."""
-        self._generator.set_state(state)
+    def load_state_dict(self, state):
+        """Continues at `state`."""
+        self._generator.set_state(state['generator'])
 
 
 class Still:
-    """An optimiser that leaves the parameters and lets their grads add up."""
-
-    def __init__(self, *_, **__):
-        pass
+    """An optimiser or schedule that does nothing: gradients add up."""
 
     def step(self):
-        """Does nothing."""
+        """Changes no parameter."""
+
+    def zero_grad(self):
+        """Keeps the gradients."""
+
+
+@pytest.fixture(name='still')
+def _still(monkeypatch):
+    """Trainers of all folders get an optimiser that does nothing."""
+    for folder in SYNCHRONOUS + ASYNCHRONOUS:
+        monkeypatch.setattr(
+            load(folder).trainer, 'make_optimiser', lambda *_:
+            (Still(), Still()))
+
+
+class Clock:
+    """Seconds pass when the test says so, or while a mailbox waits."""
+
+    def __init__(self):
+        self.now, self.waits = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def wait(self, seconds):
+        """Replaces a condition's `wait`: nothing arrives meanwhile."""
+        self.waits.append(seconds)
+        self.now += seconds
+
+
+def never_wait(seconds):
+    """Replaces a condition's `wait` where nothing may wait."""
+    raise AssertionError(f'it waits, up to {seconds} s')
+
+
+class Sink:
+    """A link that leads to the test."""
+    lost = dropped = 0
+
+    def __init__(self):
+        self.messages = []
+
+    def send(self, message):
+        """Keeps the message."""
+        self.messages.append(message)
+
+    def take(self, kind):
+        """All messages of one kind, by its name, since the last call."""
+        taken = [m for m in self.messages if type(m).__name__ == kind]
+        self.messages = [m for m in self.messages if type(m).__name__ != kind]
+        return taken
+
+
+def tensors(message):
+    """The tensors of a message."""
+    return [value for value in vars(message).values() if torch.is_tensor(value)]
+
+
+def draw(seed, rows=4, width=PIXELS):
+    """A tensor [rows, width] drawn by the seed: an x, unless width differs."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float64)
+
+
+def make_networks(folder, children):
+    """For each MACH its network and its student (None without children)."""
+    modules, made = load(folder), []
+    torch.manual_seed(3)
+    for own in children:
+        network = modules.model.Mach(len(own), 8, WIDTH, PIXELS).double()
+        student = None
+        if own:
+            student = modules.student.Student(len(own), 7, WIDTH, PIXELS)
+            student.double()
+        made.append((network, student))
+    return made
+
+
+def make_lone(folder, children=(0,), clock=None, **names):
+    """The Trainer of MACH 5, whose neighbours are the test.
+
+    Args:
+        children: each has a Sink, and so has parent 9.
+        clock: a Clock; without one, time stands still and nothing may wait.
+        **names: hyperparameters.
+    Returns:
+        The Trainer, neighbour -> Sink, and `tell(kind, *content)`, which puts a
+        message into the mailbox.
+    """
+    modules, (networks,) = load(folder), make_networks(folder, [children])
+    trainer = modules.trainer.Trainer(5, *networks, list(children), Batches(7),
+                                      make_settings(**names))
+    exchange, sinks = trainer.exchange, {i: Sink() for i in (*children, 9)}
+    exchange.mailbox.clock = clock or Clock()
+    exchange.mailbox._arrival.wait = clock.wait if clock else never_wait
+    exchange.links = sinks
+    return trainer, sinks, lambda kind, *content: exchange.mailbox.put(
+        getattr(modules.link, kind)(*content))
+
+
+def make_many(folder, children, clock=None, loss=0.0, sent=None, **names):
+    """A Trainer for each MACH, with Links between them; nothing runs yet.
+
+    Args:
+        sent: list that gets each message, with copies of its tensors.
+    """
+    modules, settings = load(folder), make_settings(**names)
+    made = [
+        modules.trainer.Trainer(i, *networks, children[i], Batches(100 + i),
+                                settings)
+        for i, networks in enumerate(make_networks(folder, children))
+    ]
+
+    def connect(i, j):
+        link = modules.link.Link(made[j].exchange.mailbox, settings.latency,
+                                 settings.jitter, loss, f'{i} {j}')
+        made[i].exchange.links[j], send = link, link.send
+
+        def note(message):
+            if sent is not None:
+                sent.append((message, [t.clone() for t in tensors(message)]))
+            send(message)
+
+        link.send = note
+
+    for one in made:
+        one.exchange.mailbox.clock = clock or Clock()
+        for child in one.exchange.children:
+            connect(one.index, child)
+            connect(child, one.index)
+    return made
+
+
+def make_all(folder, graph=None, shared=False, **names):
+    """A whole experiment: trainers, networks, students, children, batches.
+
+    Args:
+        graph: the children of each MACH.
+        shared: whether all MACHs get the same batches.
+    """
+    graph = graph or GRAPHS['cycle' if 'kgraph' in folder else 'chain']
+    if folder in ASYNCHRONOUS:
+        trainers = make_many(folder, graph, **names)
+        parts = [(one.network, one.student) for one in trainers]
+        batches = [one.batches for one in trainers]
+    else:
+        single = folder == 'synchronous_single'
+        parts = make_networks(folder, [[]] if single else graph)
+        batches = [Batches(20 + i) for i in range(1 if shared else len(parts))]
+        given = *map(list, zip(*parts)), graph, batches
+        if single:  # its student mimics the MACH itself
+            parts = [(parts[0][0], make_networks(folder, [[0]])[0][1])]
+            given = *parts[0], batches[0]
+        trainers = [
+            load(folder).trainer.Trainer(*given, make_settings(**names))
+        ]
+    networks, students = map(list, zip(*parts))
+    return types.SimpleNamespace(trainers=trainers,
+                                 networks=networks,
+                                 students=students,
+                                 learners=[s for s in students if s],
+                                 children=graph,
+                                 batches=batches)
+
+
+def weights(*networks):
+    """All parameters as they are now, in one vector; None counts nothing."""
+    return torch.cat([
+        p.detach().flatten().clone() for network in networks if network
+        for p in network.parameters()
+    ])
 
 
 def within(seconds, work):

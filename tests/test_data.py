@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -31,7 +32,7 @@ def names(folder):
 
 @pytest.fixture(autouse=True)
 def fixture_safe(tmp_path_factory, monkeypatch, capfd):
-    """No test hangs, prints to stdout, draws from torch's generator or litters."""
+    """No test hangs, prints to stdout, uses torch's generator or litters."""
 
     def fail(*_):
         raise AssertionError('it hangs')
@@ -91,18 +92,17 @@ def test_real_mnist(capfd):
     mnist = data.load(conftest.DATA, strict=True)
     assert mnist.name == 'MNIST' and capfd.readouterr().err == ''
     # Recorded results had these images and held these out.
-    for part, n, images_sum, labels_sum in (
-        ('train', 55000, 2944557948, 2262446005),
-        ('validation', 5000, 2382516298, 1987972355),
-        ('test', 10000, 3838467927, 152820446)):
+    for part, n, images_sum, labels_sum in (('train', 55000, 2944557948,
+                                             2262446005),
+                                            ('validation', 5000, 2382516298,
+                                             1987972355), ('test', 10000,
+                                                           3838467927,
+                                                           152820446)):
         images = getattr(mnist, f'{part}_images')
         labels = getattr(mnist, f'{part}_labels')
-        assert images.shape == (n, 784) and images.dtype == torch.uint8
-        assert labels.shape == (n,) and labels.dtype == torch.int64
+        assert images.shape == (n, 784) and labels.dtype == torch.int64
         assert zlib.crc32(images.numpy()) == images_sum
         assert zlib.crc32(labels.numpy()) == labels_sum
-    x = data.normalise(mnist.train_images[::7])
-    assert abs(x.mean()) < .01 and abs(x.std() - 1) < .01
 
 
 def test_gz_alone_are_unpacked(raw, tiny, offline, capfd):
@@ -112,19 +112,18 @@ def test_gz_alone_are_unpacked(raw, tiny, offline, capfd):
         assert all(map(torch.equal, wanted, found[1:3] + found[5:]))
         for path in raw.glob('*.gz'):
             path.unlink()
-        assert all((raw / name).read_bytes() == tiny[name] for name in names(raw))
+        assert all(
+            (raw / name).read_bytes() == tiny[name] for name in names(raw))
     assert len(names(raw)) == 4 and capfd.readouterr().err == ''
 
 
 def test_folder_that_cannot_be_written(raw, offline, monkeypatch):
-    mkdir, before = os.mkdir, names(raw)
 
-    def guarded(path, *args):  # permission bits do not bind root
-        if str(path).startswith(str(raw)):
-            raise PermissionError(13, 'Permission denied', str(path))
-        mkdir(path, *args)
+    def refuse(*_):
+        raise PermissionError(13, 'Permission denied', str(raw))
 
-    monkeypatch.setattr(os, 'mkdir', guarded)
+    before = names(raw)
+    monkeypatch.setattr(pathlib.Path, 'replace', refuse)
     assert data.load(raw.parent.parent, 0, strict=True).name == 'MNIST'
     assert names(raw) == before
 
@@ -137,8 +136,10 @@ def test_damaged_file_is_replaced(raw, tiny, offline, capfd, how):
     if how == 'fifo':
         os.mkfifo(path)
     else:  # zeros are what a crash of the machine leaves
-        path.write_bytes({'cut': good[:-9], 'long': good + b'?'}.get(
-            how, bytes(len(good))))
+        path.write_bytes({
+            'cut': good[:-9],
+            'long': good + b'?'
+        }.get(how, bytes(len(good))))
     data.load(folder, 0, strict=True)
     assert f'{path} is damaged' in capfd.readouterr().err
     assert path.read_bytes() == good
@@ -146,27 +147,25 @@ def test_damaged_file_is_replaced(raw, tiny, offline, capfd, how):
     assert capfd.readouterr().err == ''
 
 
-def test_damaged_files_stay_without_network(raw, tiny, offline, capfd):
-    packed = raw / f'{LABELS}.gz'
-    packed.write_bytes(tiny[packed.name][:-9])
-    (raw / LABELS).write_bytes(b'half')
-    before = {path: path.read_bytes() for path in raw.iterdir()}
+def test_damaged_files_stay_without_network(raw, offline, capfd):
+    damaged = raw / f'{LABELS}.gz', raw / LABELS
+    for path in damaged:
+        path.write_bytes(b'half')
+    before = names(raw)
     assert data.load(raw.parent.parent, 0).name == 'drawn-digits'
-    lines = capfd.readouterr().err.splitlines()
-    assert len([one for one in lines if 'is damaged' in one]) == 2
-    assert all(any(str(path) in one for one in lines)
-               for path in (packed, raw / LABELS))
-    assert {path: path.read_bytes() for path in raw.iterdir()} == before
+    err = capfd.readouterr().err
+    assert all(f'{path} is damaged' in err for path in damaged)
+    assert names(raw) == before
+    assert all(path.read_bytes() == b'half' for path in damaged)
 
 
-@pytest.mark.parametrize('start', ['nothing', 'damaged'])
-def test_download(tmp_path, raw, tiny, monkeypatch, start):
-    asked = set()
+def test_download(tmp_path, tiny, monkeypatch):
+    asked, raw = [], tmp_path / 'new' / 'data' / 'MNIST' / 'raw'
 
     class Mirror(http.server.BaseHTTPRequestHandler):
 
         def do_GET(self):
-            asked.add(self.path[1:])
+            asked.append(self.path[1:])
             self.send_response(200)
             self.end_headers()
             self.wfile.write(tiny[self.path[1:]])
@@ -174,12 +173,6 @@ def test_download(tmp_path, raw, tiny, monkeypatch, start):
         def log_message(self, *_):
             pass
 
-    wanted = {f'{name}.gz' for name in data.SIZES}
-    if start == 'damaged':
-        wanted = {f'{IMAGES}.gz'}
-        (raw / f'{IMAGES}.gz').write_bytes(b'half')
-    else:
-        raw = tmp_path / 'new' / 'data' / 'MNIST' / 'raw'
     monkeypatch.setenv('no_proxy', '*')
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Mirror) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -187,10 +180,15 @@ def test_download(tmp_path, raw, tiny, monkeypatch, start):
             ports = dead.getsockname()[1], server.server_port
         monkeypatch.setattr(datasets.MNIST, 'mirrors',
                             [f'http://127.0.0.1:{port}/' for port in ports])
-        assert data.load(raw.parent.parent, 0, strict=True).name == 'MNIST'
+        for start in 'nothing', 'damaged':
+            data.load(raw.parent.parent, 0, strict=True)
+            assert names(raw) == sorted(data.SIZES)  # and nothing else
+            assert all(
+                (raw / name).read_bytes() == tiny[name] for name in data.SIZES)
+            assert f'{IMAGES}.gz' in asked, start
+            asked.clear()
+            (raw / IMAGES).write_bytes(b'half')
         server.shutdown()
-    assert asked == wanted
-    assert all((raw / name).read_bytes() == tiny[name] for name in data.SIZES)
 
 
 def test_no_network_draws_digits(tmp_path, offline, capfd):
@@ -228,20 +226,166 @@ def test_hanging_download_ends_at_the_deadline(tmp_path, monkeypatch):
     assert len(seen) == 1 and 0 < seen[0] < .5  # it tried no other mirror
 
 
-@pytest.mark.parametrize('owner, name', [(threading.Thread, 'join'),
-                                         (shutil, 'copyfile')])
-def test_interrupt_leaves_no_half_file(raw, offline, monkeypatch, owner, name):
+def test_interrupt_while_saving_leaves_no_half_file(raw, offline, monkeypatch):
 
-    def interrupt(_, target=None):
-        if target and target.suffix != '.gz':
-            target.write_bytes(b'half')
-            raise KeyboardInterrupt
-        if not target:
-            raise KeyboardInterrupt
-        return copyfile(_, target)
+    def interrupt(source, target):
+        if target.suffix == '.gz':
+            return copyfile(source, target)
+        target.write_bytes(b'half')
+        raise KeyboardInterrupt
 
     copyfile, before = shutil.copyfile, names(raw)
-    monkeypatch.setattr(owner, name, interrupt)
+    monkeypatch.setattr(shutil, 'copyfile', interrupt)
     with pytest.raises(KeyboardInterrupt):
         data.load(raw.parent.parent)
     assert names(raw) == before
+
+
+def test_interrupt_ends_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.MNIST, 'download', lambda _: None)
+    monkeypatch.setattr(threading.Thread, 'join',
+                        lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize('where', ['data', 'file', 'file/below'])
+def test_unusable_folder(tmp_path, raw, offline, where):
+    shutil.rmtree(raw)
+    for path in raw, tmp_path / 'file':
+        path.touch()
+    with pytest.raises(data.DataError, match='cannot use the data folder') as e:
+        data.load(tmp_path / where)
+    assert str(tmp_path / where) in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_validation_is_even_and_complete(tmp_path, offline):
+    every = draw_digits(600, 100)[0].unique(dim=0)
+    most = 10 * (int(draw_digits(600, 100)[1].bincount().min()) - 1)
+    for count in 0, 1, 57, most:
+        one = data.load(tmp_path, validation=count)
+        assert one.validation_images.shape == (count, 784)
+        both = torch.cat([one.validation_images, one.train_images])
+        assert torch.equal(both.unique(dim=0), every)
+        counts = one.validation_labels.bincount(minlength=10)
+        assert counts.max() - counts.min() <= 1
+    for count in -1, most + 1:  # a class would lack training images
+        with pytest.raises(data.DataError, match=f'0 to {most}'):
+            data.load(tmp_path, validation=count)
+
+
+def test_normalise_and_denormalise():
+    images = torch.arange(256, dtype=torch.uint8).repeat(4)[:784][None]
+    x = data.normalise(images)
+    assert x.shape == (1, 784) and x.dtype == torch.float32
+    wanted = (images.double() / 255 - .1307) / .3081
+    torch.testing.assert_close(x.double(), wanted, rtol=0, atol=1e-6)
+    assert torch.equal(data.denormalise(x), images)
+    assert data.denormalise(torch.tensor([-9., 9.])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize('k', [1, 2, 7, 30])
+def test_shards(k):
+    labels = torch.cat(
+        [torch.full((30 + 7 * (c * c % 11),), c) for c in range(10)])
+    shards = data.make_shards(labels, k, 'disjoint', seed=3)
+    assert len(shards) == k and shards[0].dtype == torch.int64
+    assert torch.equal(
+        torch.cat(shards).sort().values, torch.arange(len(labels)))
+    sizes = [len(shard) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    counts = torch.stack([labels[s].bincount(minlength=10) for s in shards])
+    assert counts.min() >= 1 and (counts.amax(0) - counts.amin(0)).max() <= 1
+    other = data.make_shards(labels, k, seed=4)
+    assert k == 1 or not torch.equal(shards[0], other[0])
+    for shard in data.make_shards(labels, k, 'full'):
+        assert torch.equal(shard, torch.arange(len(labels)))
+    for bad, kind, message in ((31, 'disjoint', '30 is the largest'),
+                               (0, 'full', 'at least 1'), (k, 'half', 'half')):
+        with pytest.raises(data.DataError, match=message):
+            data.make_shards(labels, bad, kind)
+
+
+def batches(n=50, size=8, seed=1):
+    """Batches of the last n of 60 images. All pixels and the label of i are i."""
+    labels = torch.arange(60)
+    images = labels.to(torch.uint8)[:, None].repeat(1, 784)
+    return data.Batches(images, labels, labels[60 - n:], size, seed)
+
+
+@pytest.mark.parametrize('n, size', [(50, 8), (48, 8), (8, 8), (9, 8), (4, 1)])
+def test_batches_cover_every_epoch(n, size):
+    source, other = iter(batches(n, size)), batches(n, size, seed=2)
+    pairs = [next(source) for _ in range(3 * n)]
+    for x, y in pairs:  # a batch that shared memory with another would differ
+        assert x.shape == (size, 784) and x.dtype == torch.float32
+        assert y.shape == (size,) and y.dtype == torch.int64
+        assert torch.equal(x, data.normalise(y[:, None].byte()).expand(-1, 784))
+        x.zero_()
+    seen = torch.cat([y for _, y in pairs]).view(-1, n)  # a row is an epoch
+    wanted = torch.arange(60 - n, 60)
+    assert (seen.sort(dim=1).values == wanted).all()
+    assert not torch.equal(seen[0], wanted)
+    assert not torch.equal(seen[0], seen[1])
+    assert any(not torch.equal(y, next(other)[1]) for _, y in pairs[:3])
+
+
+def test_batches_continue_from_a_state():
+    source = batches()
+    for steps in 0, 3, 10:  # the last is in the second epoch
+        for _ in range(steps):
+            next(source)
+        state, twin = source.state_dict(), batches(seed=2)
+        storage = state['queue'].untyped_storage()
+        assert storage.nbytes() == state['queue'].nbytes  # no more is saved
+        expected = [next(source) for _ in range(20)]
+        twin.load_state_dict(state)
+        for batch in expected:
+            assert all(map(torch.equal, batch, next(twin)))
+    with pytest.raises(data.DataError, match='images are others'):
+        batches(n=49).load_state_dict(state)
+
+
+def test_recorded_results_still_hold():
+    images = torch.zeros(600, 784, dtype=torch.uint8)
+    dataset = data.Dataset('', images, torch.arange(600) % 10, *[None] * 4)
+    shards = data.make_shards(dataset.train_labels, 3, seed=4)
+    assert shards[1][:5].tolist() == [1, 2, 3, 4, 8]
+    source = data.deal(dataset, 3, 'disjoint', 9, seed=2)[1]
+    assert next(source)[1].tolist() == [4, 6, 9, 8, 1, 2, 7, 5, 0]
+    for size in 0, 201:
+        with pytest.raises(data.DataError, match='a shard of 200 images'):
+            data.deal(dataset, 3, 'disjoint', size, 2)
+    images, labels, *_ = data.draw_digits(90, 10)
+    assert zlib.crc32(images.numpy()) == 3463554744
+    assert labels[:8].tolist() == [5, 5, 2, 6, 3, 1, 8, 5]
+    assert not torch.equal(images, data.draw_digits(90, 10, seed=1)[0])
+
+
+def accuracy(drawn, *layers):
+    """Test accuracy of a network of these layers, trained on `drawn`."""
+    network = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    source = data.Batches(*drawn[:2], torch.arange(len(drawn[0])), 64, 0)
+    for _ in range(600):
+        x, y = next(source)
+        optimizer.zero_grad()
+        functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    guesses = network(data.normalise(drawn[2])).argmax(1)
+    return (guesses == drawn[3]).float().mean().item()
+
+
+def test_drawn_digits_are_like_mnist():
+    drawn = data.draw_digits(10000, 2000)
+    for images, labels, n in ((*drawn[:2], 10000), (*drawn[2:], 2000)):
+        assert images.shape == (n, 784) and images.dtype == torch.uint8
+        assert abs(labels.bincount(minlength=10) - n / 10).max() < n / 10 * .2
+    assert len(drawn[0][:1000].unique(dim=0)) == 1000
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = accuracy(drawn, torch.nn.Linear(784, 10))
+        deep = accuracy(drawn, torch.nn.Linear(784, 128), torch.nn.ReLU(),
+                        torch.nn.Linear(128, 10))
+    assert .75 < linear < .94 and linear + .03 < deep < .999
