@@ -48,7 +48,7 @@ class Dataset:
     test_labels: torch.Tensor
 
 
-def load(folder='data', validation=5000, strict=False, deadline=120.0):
+def load(folder='data', validation=5000, deadline=120.0):
     """Reads MNIST from `folder`/MNIST/raw, where the four `.gz` are enough.
 
     Missing files are fetched, for at most `deadline` seconds. Where there is
@@ -57,21 +57,18 @@ def load(folder='data', validation=5000, strict=False, deadline=120.0):
     two classes differ by at most 1.
 
     Raises:
-      DataError: the folder cannot be used, `validation` leaves a class
-        without training images, or `strict` is True and there is no MNIST.
+      DataError: the folder cannot be used, or `validation` leaves a class
+        without training images.
     """
     name = 'MNIST'
     try:
         images, labels, test_images, test_labels = _read_mnist(folder, deadline)
     except ConnectionError as error:
-        message = (f'cannot get MNIST: {error}. To fix it, put '
-                   f'{".gz, ".join(SIZES)}.gz (from '
-                   f'{datasets.MNIST.mirrors[0]}) in {folder}/MNIST/raw')
-        if strict:
-            raise DataError(message) from error
         print(
-            f'warning: {message}. This run uses drawn digits instead: expect '
-            'other accuracies.',
+            f'warning: cannot get MNIST: {error}. This run uses drawn digits '
+            'instead: expect other accuracies. To fix it, put '
+            f'{".gz, ".join(SIZES)}.gz (from {datasets.MNIST.mirrors[0]}) in '
+            f'{folder}/MNIST/raw.',
             file=sys.stderr)
         name = 'drawn-digits'
         images, labels, test_images, test_labels = draw_digits()

@@ -28,8 +28,8 @@ DECIMALS = dict(rate=1, seconds=1, steps=0, loss=4, synthetic_loss=4)
 DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'staleness'), 2)
 # Hyperparameters that do not change the result. Runs that differ in nothing
 # else are repetitions of one experiment.
-BOOKKEEPING = ('seed', 'data', 'strict_data', 'log_every', 'evaluate_every',
-               'dry_run', 'checkpoint', 'checkpoint_every', 'resume', 'hosts',
+BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'dry_run',
+               'checkpoint', 'checkpoint_every', 'resume', 'hosts',
                'log_folder')
 # The files that `say` writes to; None is stdout.
 OUTPUTS = [None]

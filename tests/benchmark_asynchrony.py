@@ -46,7 +46,7 @@ LINEAR = torch.nn.functional.linear
 @functools.cache
 def load(folder):
     """MNIST from a folder; nearly all of it is trained on, as `plain` does."""
-    return data.load(folder, 10, True)
+    return data.load(folder, 10)
 
 
 class Network:
@@ -65,7 +65,12 @@ class Network:
         values = dict(steps=10**6, log_every=10**6, evaluate_every=0)
         values |= dict(precision='fp32') | overrides
         self.settings = self.main.Hyperparameters(**values)
-        self.trainers = self.main.make_trainers(self.settings, load(folder))
+        if experiment == SINGLE:
+            self.trainers = [
+                self.main.make_trainer(self.settings, load(folder))
+            ]
+        else:
+            self.trainers = self.main.make_trainers(self.settings, load(folder))
         self.halt, self._open = threading.Event(), threading.Event()
         self._events = queue.SimpleQueue()
         self._locks = [threading.Lock() for _ in self.trainers]
@@ -104,9 +109,9 @@ class Network:
     def steps(self):
         """Steps taken by each MACH; RuntimeError if one has failed."""
         while not self._events.empty():
-            kind, content = self._events.get()
-            if kind == 'failed':
-                raise RuntimeError(content[1])
+            _, snapshots = self._events.get()
+            if any(one.failed for one in snapshots.values()):
+                raise RuntimeError('a MACH failed; its traceback is on stderr')
         return [one.steps_taken for one in self.trainers]
 
     def reach(self, step):
@@ -386,10 +391,10 @@ def seconds_to(network, folder, wanted, every=50):
         network.reach(step)
         with network.held():
             seconds += time.perf_counter() - started
-            copies = {}
+            snapshots = {}
             for one in network.trainers:
-                copies |= one.copy()
-            found = network.main.evaluate(copies, network.settings,
+                snapshots |= one.snapshot()
+            found = network.main.evaluate(snapshots, network.settings,
                                           dataset.test_images,
                                           dataset.test_labels)
         if metrics.mean(found)['real'] >= wanted:

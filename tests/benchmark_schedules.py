@@ -39,7 +39,7 @@ def flood(trainers, turn, k, steps):
 
     The oldest come last, so that they are what it takes first.
     """
-    mailbox = trainers[0].mailbox
+    mailbox = trainers[0].exchange.mailbox
     if not turn:
         mailbox.grads, put = [], mailbox.put
 
@@ -59,7 +59,7 @@ def loud(trainers, turn):
     """From the first turn on all Grads of the last MACH are out of measure."""
     if turn:
         return
-    for out in trainers[-1].links.values():
+    for out in trainers[-1].exchange.links.values():
         send = out.send
 
         def send_loud(message, send=send):
@@ -74,8 +74,7 @@ def loud(trainers, turn):
 def one_run(job):
     """Result of one run without its trainers; in a process of its own."""
     experiment, schedule, seed, steps, folder = job
-    main, dataset = conftest.load_main(experiment), data.load(
-        folder, 5000, True)
+    main, dataset = conftest.load_main(experiment), data.load(folder, 5000)
     names = dict(seed=seed, steps=steps)
     if schedule == ISOLATED:
         names |= dict(connected=False)

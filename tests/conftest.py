@@ -1,19 +1,26 @@
 """What the tests share: experiments, tiny networks, stubs, real MNIST."""
 
+import concurrent.futures
+import contextlib
 import functools
 import importlib
+import io
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
 import torch
+import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # lets the tests import `mach`
+from mach import data, metrics
 
 # Products as tiny as the tests' are 20 times slower on threads of busy cores.
 torch.set_num_threads(1)
@@ -35,6 +42,14 @@ DATA = next((pathlib.Path(place).resolve()
                            ROOT / '../shared/data')
              if place and (pathlib.Path(place) / 'MNIST' / 'raw').is_dir()),
             None)
+TINY = ('--precision=fp32 --batch_size=16 --hidden=32 --student_hidden=32 '
+        '--steps=6 --log_every=3').split()
+LONG = 60  # seconds, after which something hangs
+# No network, one thread for torch; the interpreter names modules on stderr.
+ENVIRONMENT = dict.fromkeys(['http_proxy', 'https_proxy'], 'http://127.0.0.1:9')
+ENVIRONMENT |= dict(no_proxy='',
+                    OMP_NUM_THREADS='1',
+                    PYTHONPROFILEIMPORTTIME='1')
 
 
 def _import(folder, names, there=types.SimpleNamespace()):
@@ -147,13 +162,16 @@ class Still:
         """Keeps the gradients."""
 
 
+def patch_trainers(monkeypatch, name, value):
+    """Replaces a name in the module `trainer` of all folders."""
+    for folder in SYNCHRONOUS + ASYNCHRONOUS:
+        monkeypatch.setattr(load(folder).trainer, name, value, raising=False)
+
+
 @pytest.fixture(name='still')
 def _still(monkeypatch):
-    """Trainers of all folders get an optimiser that does nothing."""
-    for folder in SYNCHRONOUS + ASYNCHRONOUS:
-        monkeypatch.setattr(
-            load(folder).trainer, 'make_optimiser', lambda *_:
-            (Still(), Still()))
+    """All Trainers get an optimiser that does nothing."""
+    patch_trainers(monkeypatch, 'make_optimiser', lambda *_: (Still(), Still()))
 
 
 class Clock:
@@ -331,3 +349,130 @@ def within(seconds, work):
     if errors:
         raise errors[0]
     return results[0]
+
+
+# ------------------------------------------------ runs from the command line
+
+
+def wait_until(condition, seconds=LONG):
+    """Whether the condition holds in that time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def two_at_a_time(work, items):
+    """The list of work(item)."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, items))
+
+
+@pytest.fixture(scope='session', name='dataset')
+def _dataset():
+    """A thousand images, each of its class's grey with noise."""
+    generator, parts = torch.Generator().manual_seed(0), []
+    for count in (1000, 100, 200):
+        labels = torch.arange(count) % 10
+        noise = torch.randint(80, (count, 784), generator=generator)
+        parts += [(noise + 15 * labels[:, None]).to(torch.uint8), labels]
+    return data.Dataset('greys', *parts)
+
+
+@pytest.fixture(name='run_here')
+def _run_here(monkeypatch, dataset):
+    """Runs an experiment's main here, on `dataset` unless there is a --data=.
+
+    Its exit status, its Log ('' without stdout) and its stderr. No thread is left.
+    """
+
+    def run_here(experiment, *words):
+        main, before = load_main(experiment), threading.enumerate()
+        out, err = io.StringIO(), io.StringIO()
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.getsignal(number) for number in numbers]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'stdout', out)
+            patch.setattr(sys, 'stderr', err)
+            patch.setattr(tqdm.tqdm, 'monitor_interval', 0)  # no thread
+            if '--data=' not in ' '.join(words):
+                patch.setattr(data, 'load', lambda *_: dataset)
+            try:
+                code = main.main([*TINY, *words])
+            except SystemExit as stopped:
+                code = stopped.code
+            finally:
+                list(map(signal.signal, numbers, handlers))
+            for thread in set(threading.enumerate()) - set(before):
+                thread.join(LONG)
+                assert not thread.is_alive()
+        out = out.getvalue()
+        return code, out and metrics.parse_log(out), err.getvalue()
+
+    return run_here
+
+
+@pytest.fixture(name='before')
+def _before(monkeypatch):
+    """Has a function of main, or of Trainers, call act(*its arguments) first."""
+
+    def before(experiment, name, act):
+        owner = load_main(experiment)
+        owner = owner if hasattr(owner,
+                                 name) else load(experiment).trainer.Trainer
+
+        def function(*args, then=getattr(owner, name)):
+            act(*args)
+            return then(*args)
+
+        monkeypatch.setattr(owner, name, function)
+
+    return before
+
+
+@contextlib.contextmanager
+def running(path, folder, *words, prefix=(), out=None):
+    """A process of folder/main.py, without a network.
+
+    Its Popen has said(), what stdout and stderr have got, and end(): (exit
+    status, stdout, stderr), after a check that no process of its group is left.
+
+    Args:
+        path: a new folder for stdout and stderr.
+        folder: of the experiment.
+        *words: its command line.
+        prefix: of the command.
+        out: replaces the file of stdout.
+    """
+    path.mkdir()
+    command = [*prefix, sys.executable, str(ROOT / folder / 'main.py'), *words]
+    if '--data=' not in ' '.join(words):
+        command.append(f'--data={DATA or path}')
+    with open(path / 'out', 'wb') as file, open(path / 'err', 'wb') as err:
+        process = subprocess.Popen(command,
+                                   env=os.environ | ENVIRONMENT,
+                                   stdin=subprocess.DEVNULL,
+                                   stdout=out or file,
+                                   stderr=err,
+                                   start_new_session=True)
+
+    def end():
+        code = process.wait(3 * LONG)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+        return code, *texts()
+
+    def texts():
+        return [
+            (path / name).read_text(encoding='utf-8') for name in ('out', 'err')
+        ]
+
+    process.end, process.said = end, lambda: ''.join(texts())
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

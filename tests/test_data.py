@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import itertools
 import os
 import pathlib
 import shutil
@@ -72,7 +73,8 @@ def fixture_tiny(monkeypatch):
         packed = gzip.compress(contents[name], mtime=0)
         contents[f'{name}.gz'] = packed
         resources.append((f'{name}.gz', hashlib.md5(packed).hexdigest()))
-    monkeypatch.setattr(data, 'SIZES', {n: len(contents[n]) for n in data.SIZES})
+    sizes = {name: len(contents[name]) for name in data.SIZES}
+    monkeypatch.setattr(data, 'SIZES', sizes)
     monkeypatch.setattr(datasets.MNIST, 'resources', resources)
     return contents
 
@@ -89,20 +91,14 @@ def fixture_raw(tmp_path, tiny):
 
 @pytest.mark.skipif(not conftest.DATA, reason='no MNIST here')
 def test_real_mnist(capfd):
-    mnist = data.load(conftest.DATA, strict=True)
+    mnist = data.load(conftest.DATA)
     assert mnist.name == 'MNIST' and capfd.readouterr().err == ''
+    parts = list(vars(mnist).values())[1:]
+    assert [len(part) for part in parts[::2]] == [55000, 5000, 10000]
     # Recorded results had these images and held these out.
-    for part, n, images_sum, labels_sum in (('train', 55000, 2944557948,
-                                             2262446005),
-                                            ('validation', 5000, 2382516298,
-                                             1987972355), ('test', 10000,
-                                                           3838467927,
-                                                           152820446)):
-        images = getattr(mnist, f'{part}_images')
-        labels = getattr(mnist, f'{part}_labels')
-        assert images.shape == (n, 784) and labels.dtype == torch.int64
-        assert zlib.crc32(images.numpy()) == images_sum
-        assert zlib.crc32(labels.numpy()) == labels_sum
+    assert [zlib.crc32(part.numpy()) for part in parts] == [
+        2944557948, 2262446005, 2382516298, 1987972355, 3838467927, 152820446
+    ]
 
 
 def test_gz_alone_are_unpacked(raw, tiny, offline, capfd):
@@ -124,14 +120,14 @@ def test_folder_that_cannot_be_written(raw, offline, monkeypatch):
 
     before = names(raw)
     monkeypatch.setattr(pathlib.Path, 'replace', refuse)
-    assert data.load(raw.parent.parent, 0, strict=True).name == 'MNIST'
+    assert data.load(raw.parent.parent, 0).name == 'MNIST'
     assert names(raw) == before
 
 
 @pytest.mark.parametrize('how', ['cut', 'long', 'zeros', 'fifo'])
 def test_damaged_file_is_replaced(raw, tiny, offline, capfd, how):
     folder, path, good = raw.parent.parent, raw / IMAGES, tiny[IMAGES]
-    data.load(folder, 0, strict=True)
+    data.load(folder, 0)
     path.unlink()
     if how == 'fifo':
         os.mkfifo(path)
@@ -140,10 +136,10 @@ def test_damaged_file_is_replaced(raw, tiny, offline, capfd, how):
             'cut': good[:-9],
             'long': good + b'?'
         }.get(how, bytes(len(good))))
-    data.load(folder, 0, strict=True)
+    data.load(folder, 0)
     assert f'{path} is damaged' in capfd.readouterr().err
     assert path.read_bytes() == good
-    data.load(folder, 0, strict=True)
+    data.load(folder, 0)
     assert capfd.readouterr().err == ''
 
 
@@ -181,7 +177,7 @@ def test_download(tmp_path, tiny, monkeypatch):
         monkeypatch.setattr(datasets.MNIST, 'mirrors',
                             [f'http://127.0.0.1:{port}/' for port in ports])
         for start in 'nothing', 'damaged':
-            data.load(raw.parent.parent, 0, strict=True)
+            data.load(raw.parent.parent, 0)
             assert names(raw) == sorted(data.SIZES)  # and nothing else
             assert all(
                 (raw / name).read_bytes() == tiny[name] for name in data.SIZES)
@@ -199,12 +195,10 @@ def test_no_network_draws_digits(tmp_path, offline, capfd):
     for fix in f'{IMAGES}.gz', datasets.MNIST.mirrors[0], str(target):
         assert fix in err
     assert dataset.name == 'drawn-digits' and len(dataset.train_images) == 550
-    with pytest.raises(data.DataError, match='no network in this test'):
-        data.load(target, strict=True)
     assert not names(tmp_path)  # no empty folder is left
 
 
-def test_hanging_download_ends_at_the_deadline(tmp_path, monkeypatch):
+def test_hanging_download_ends_at_the_deadline(tmp_path, monkeypatch, capfd):
     release, seen = threading.Event(), []
 
     def hang(*_, **__):
@@ -216,8 +210,9 @@ def test_hanging_download_ends_at_the_deadline(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, 'mirrors', ['http://a/', 'http://b/'])
     before, threads = socket.getdefaulttimeout(), set(threading.enumerate())
     start = time.monotonic()
-    with pytest.raises(data.DataError, match='no answer within 0.5 s'):
-        data.load(tmp_path, strict=True, deadline=.5)
+    monkeypatch.setattr(data, 'draw_digits', lambda: draw_digits(600, 100))
+    assert data.load(tmp_path, 0, deadline=.5).name == 'drawn-digits'
+    assert 'no answer within 0.5 s' in capfd.readouterr().err
     assert time.monotonic() - start < 30  # of the 60 s that it hangs for
     assert socket.getdefaulttimeout() == before
     release.set()
@@ -307,8 +302,8 @@ def test_shards(k):
             data.make_shards(labels, bad, kind)
 
 
-def batches(n=50, size=8, seed=1):
-    """Batches of the last n of 60 images. All pixels and the label of i are i."""
+def make_batches(n=50, size=8, seed=1):
+    """The last n of 60 images. All pixels and the label of image i are i."""
     labels = torch.arange(60)
     images = labels.to(torch.uint8)[:, None].repeat(1, 784)
     return data.Batches(images, labels, labels[60 - n:], size, seed)
@@ -316,7 +311,7 @@ def batches(n=50, size=8, seed=1):
 
 @pytest.mark.parametrize('n, size', [(50, 8), (48, 8), (8, 8), (9, 8), (4, 1)])
 def test_batches_cover_every_epoch(n, size):
-    source, other = iter(batches(n, size)), batches(n, size, seed=2)
+    source, other = iter(make_batches(n, size)), make_batches(n, size, seed=2)
     pairs = [next(source) for _ in range(3 * n)]
     for x, y in pairs:  # a batch that shared memory with another would differ
         assert x.shape == (size, 784) and x.dtype == torch.float32
@@ -332,11 +327,11 @@ def test_batches_cover_every_epoch(n, size):
 
 
 def test_batches_continue_from_a_state():
-    source = batches()
+    source = make_batches()
     for steps in 0, 3, 10:  # the last is in the second epoch
         for _ in range(steps):
             next(source)
-        state, twin = source.state_dict(), batches(seed=2)
+        state, twin = source.state_dict(), make_batches(seed=2)
         storage = state['queue'].untyped_storage()
         assert storage.nbytes() == state['queue'].nbytes  # no more is saved
         expected = [next(source) for _ in range(20)]
@@ -344,7 +339,7 @@ def test_batches_continue_from_a_state():
         for batch in expected:
             assert all(map(torch.equal, batch, next(twin)))
     with pytest.raises(data.DataError, match='images are others'):
-        batches(n=49).load_state_dict(state)
+        make_batches(n=49).load_state_dict(state)
 
 
 def test_recorded_results_still_hold():
@@ -363,29 +358,19 @@ def test_recorded_results_still_hold():
     assert not torch.equal(images, data.draw_digits(90, 10, seed=1)[0])
 
 
-def accuracy(drawn, *layers):
-    """Test accuracy of a network of these layers, trained on `drawn`."""
-    network = torch.nn.Sequential(*layers)
+def test_drawn_digits_can_be_learnt():
+    images, labels, test_images, test_labels = data.draw_digits(10000, 2000)
+    assert images.dtype == torch.uint8 and len(images.unique(dim=0)) == 10000
+    assert abs(labels.bincount(minlength=10) - 1000).max() < 200
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(784, 128),
+                                      torch.nn.ReLU(), torch.nn.Linear(128, 10))
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    source = data.Batches(*drawn[:2], torch.arange(len(drawn[0])), 64, 0)
-    for _ in range(600):
-        x, y = next(source)
+    batches = data.Batches(images, labels, torch.arange(10000), 64, 0)
+    for x, y in itertools.islice(batches, 600):
         optimizer.zero_grad()
         functional.cross_entropy(network(x), y).backward()
         optimizer.step()
-    guesses = network(data.normalise(drawn[2])).argmax(1)
-    return (guesses == drawn[3]).float().mean().item()
-
-
-def test_drawn_digits_are_like_mnist():
-    drawn = data.draw_digits(10000, 2000)
-    for images, labels, n in ((*drawn[:2], 10000), (*drawn[2:], 2000)):
-        assert images.shape == (n, 784) and images.dtype == torch.uint8
-        assert abs(labels.bincount(minlength=10) - n / 10).max() < n / 10 * .2
-    assert len(drawn[0][:1000].unique(dim=0)) == 1000
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        linear = accuracy(drawn, torch.nn.Linear(784, 10))
-        deep = accuracy(drawn, torch.nn.Linear(784, 128), torch.nn.ReLU(),
-                        torch.nn.Linear(128, 10))
-    assert .75 < linear < .94 and linear + .03 < deep < .999
+    guesses = network(data.normalise(test_images)).argmax(1)
+    assert .9 < (guesses == test_labels).float().mean() < .999

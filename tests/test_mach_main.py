@@ -1,6 +1,6 @@
 """mach/main.py, on experiments that only print a log."""
 
-import contextlib
+import dataclasses
 import os
 import pathlib
 import re
@@ -11,376 +11,220 @@ import types
 
 import pytest
 
-from mach import main, metrics
+import conftest
+from mach import main
 
-MAIN = pathlib.Path(main.__file__).resolve()
-
-# An experiment that prints a log of the documented form, without training.
+MAIN = str(conftest.ROOT / 'mach' / 'main.py')
+# An experiment that prints a log without training. It refuses a k above 9.
 FAKE = '''
-import dataclasses, os, signal, subprocess, sys, time
-def hparam(default, *_):
-  return default
-@dataclasses.dataclass
+import os, signal, subprocess, sys, time
+hparam = print
 class Hyperparameters:
-  """One of two classes; this one's fields count."""
-  FIELDS
-  note = 'not annotated, no hyperparameter'
-class Other:
-  hidden: int = 1
-p = dict(seed='0', k='5', connected='True', dry_run='False')
-for word in sys.argv[1:]:
-  name, value = word.removeprefix('--').split('=', 1)
-  assert name in Hyperparameters.__annotations__, name
-  p[name] = value
+  k: int = hparam(end='')
+  seed: int = hparam(end='')
+  connected: bool = hparam(end='')
+  checkpoint: str = hparam(end='')
+  log_every: float = hparam(end='')
+  dry_run: bool = hparam(end='')
+  note: str = 'no hyperparameter'
+p = dict(k='5', seed='0', connected='True')
+p |= (word[2:].split('=') for word in sys.argv[1:])
 name = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
-print('run  experiment', name, ' dataset MNIST  seed', p['seed'])
+print(f'progress of {name}', *sys.argv[1:], file=sys.stderr)
+if 'dry_run' in p:
+  sys.exit(2 if int(p['k']) > 9 else 0)
+print('run  experiment', name, ' seed', p['seed'])
 print('hparams ', '  '.join(f'{key} {value}' for key, value in p.items()))
-print(f'progress of {name}', file=sys.stderr)
 BODY
 real = 90 + int(p['k']) + int(p['seed']) - (p['connected'] == 'False')
 for mach in 0, 'mean':
   print('final  mach', mach, f' synthetic {real - 1}  real {real}  seconds 1.5')
 '''
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Writes an experiment and returns its folder."""
-
-    def write(name, fields='seed: int = hparam(0); k: int = 5', body=''):
-        folder = tmp_path / name
-        folder.mkdir()
-        text = FAKE.replace('FIELDS', fields).replace('BODY', body)
-        (folder / 'main.py').write_text(text)
-        return str(folder)
-
-    return write
-
-
-def command(*arguments):
-    return [sys.executable, str(MAIN), *map(str, arguments)]
+# Both end before long even if a test fails.
+SLEEP = 'print(f"step  1  mach {os.getpid()}"); time.sleep(20)'
+PRINT = 'for _ in range(99): print("step  1  pid", os.getpid()); time.sleep(.1)'
 
 
 @pytest.fixture(autouse=True)
-def buffered(monkeypatch):
-    """As by default; else what is not flushed would be shown all the same."""
+def empty_folder(tmp_path, monkeypatch):
+    """Each test runs in a folder of its own, with buffered output."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
 
 
-def launch(tmp_path, *arguments):
-    """Runs mach/main.py elsewhere than in its repository."""
-    return subprocess.run(command(*arguments),
-                          cwd=tmp_path,
-                          capture_output=True,
+def make(name, body='', lacks='nothing'):
+    """Writes an experiment that lacks a hyperparameter; returns its name."""
+    pathlib.Path(name).mkdir(parents=True)
+    text = FAKE.replace('BODY', body).replace(f'{lacks}:', '#')
+    pathlib.Path(name, 'main.py').write_text(text)
+    return name
+
+
+def launch(*words, stdout=subprocess.PIPE):
+    """Runs mach/main.py; its exit code, stdout and stderr."""
+    done = subprocess.run([sys.executable, MAIN, *words],
+                          stdout=stdout,
+                          stderr=subprocess.PIPE,
+                          check=False,
                           text=True,
                           timeout=60)
+    return done.returncode, done.stdout, done.stderr
 
 
-def cells(text):
+def table(out):
     """The rows of the table at the end of a stdout, without its header."""
-    return [
-        re.split(r'\s{2,}', row)
-        for row in text.split('\n\n')[-1].strip().split('\n')[1:]
-    ]
+    rows = out.split('\n\n')[-1].strip().split('\n')[1:]
+    return [re.split(r'\s{2,}', row) for row in rows]
 
 
-def test_runs_in_order_saves_and_compares(tmp_path, make):
-    b, a = make('b'), make('a', 'lr: float = 1; log_every: int = 1')
-    done = launch(tmp_path, '--only', b, a, '--k', '7', '--lr=-1e-3', '--logs',
-                  'x/y', '--log-every', '2')
-    assert done.returncode == 0, done.stderr
-    log, text = done.stdout.split('\n\n')
-    paths = [tmp_path / 'x/y/b.txt', tmp_path / 'x/y/a.txt']
-    saved = [path.read_text() for path in paths]
-    assert ''.join(saved) == log + '\n'
-    hparams = [metrics.parse_log(text).hparams for text in saved]
-    assert hparams[0]['k'] == 7 and 'lr' not in hparams[0]
-    assert hparams[1]['lr'] == -.001 and hparams[1]['log_every'] == 2
-    assert [row[:5] for row in cells(done.stdout)
-           ] == [['b', 'MNIST', '7', '1', '97.00'],
-                 ['a', 'MNIST', '5', '1', '95.00']]
-    for name in 'ba':
-        assert os.path.join('x', 'y', f'{name}.txt') in done.stderr
-        assert f'progress of {name}' in done.stderr
-    again = launch(tmp_path, '--only', b, '--logs', 'x/y')
-    assert again.returncode == 2 and 'b.txt exists' in again.stderr
-    assert paths[0].read_text() == saved[0]
-    compared = launch(tmp_path, '--compare', *paths)
-    assert (compared.returncode, compared.stdout) == (0, text)
+def disturb(body, act):
+    """Runs two experiments and calls `act` after a step line of the first.
 
-
-def test_two_started_at_once_have_logs_of_their_own(tmp_path, make):
-    arguments = command('--only', make('a'))
-    both = [subprocess.Popen(arguments, cwd=tmp_path) for _ in range(2)]
-    assert [process.wait(60) for process in both] == [0, 0]
-    assert len(list(tmp_path.glob('.runs/*/a.txt'))) == 2
-
-
-def test_seeds_and_isolated(tmp_path, make):
-    a = make('a', 'seed: int = 0; connected: bool = True')
-    done = launch(tmp_path, '--only', a, make('b', 'k: int = 5'), '--logs', 'l',
-                  '--seeds', '3,1', '--isolated', 'True')
-    assert done.returncode == 0, done.stderr
-    names = ['a.seed3', 'a.seed3.isolated', 'a.seed1', 'a.seed1.isolated', 'b']
-    assert re.findall(r'l/(\S+)\.txt', done.stderr) == names
-    assert sorted(os.listdir(tmp_path / 'l')) == sorted(
-        f'{name}.txt' for name in names)
-    assert [row[3:7] for row in cells(done.stdout)
-           ] == [['2', '97.00 +- 1.41', '96.00 +- 1.41', '96.00 +- 1.41'],
-                 ['1', '95.00', '94.00', '-']]
-
-
-def test_each_run_has_checkpoints_of_its_own(tmp_path, make):
-    a = make('a', 'seed: int = 0; checkpoint: str = 0')
-    done = launch(tmp_path, '--only', a, make('b'), '--seeds', '3,1',
-                  '--checkpoint', 'c')
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r'checkpoint (\S+)',
-                      done.stdout) == ['c/a.seed3', 'c/a.seed1']
-
-
-MISTAKES = [
-    (['--only', 'A', '--steps', '5'], '--steps; closest: --seed'),
-    (['--only', 'A', '--hidden', '5'], '--hidden'),
-    (['--only', 'A', '--note', '5'], '--note'),
-    (['--only', 'A', '--log', 'x'], 'closest: --logs'),
-    (['--only', 'A', '--k'], '--k needs a value'),
-    (['--only', 'A', '--k', '--seed', '1'], '--k needs a value'),
-    (['--only', 'A', '-k', '5'], "'-k'"),
-    (['--only', 'nowhere'], 'nowhere; choose from synchronous_single'),
-    (['--only', MAIN.parent], 'choose from'),
-    (['--only', 'A', 'other/A'], 'choose another'),
-    (['--only', 'A', '--seeds', '0,x'], '--seeds 0,x'),
-    (['--only', 'A', '--seeds', '0,0'], '--seeds 0,0'),
-    (['--only', 'A', '--seeds', '0', '--seed', '1'], '--seed is given'),
-    (['--only', 'A', '--isolated', 'yes'], '--isolated'),
-    (['--only', 'A', '--isolated', 'True'], '--connected'),
-    (['--only', 'A', '--logs', 'file'], '--logs'),
-    (['--only', 'broken'], 'main.py'),
-    (['--compare', 'nowhere.txt'], 'nowhere.txt'),
-    (['--compare', 'good.txt', 'nowhere.txt'], 'nowhere.txt'),
-    (['--compare', 'good.txt', '--k', '5'], '--compare'),
-    (['--compare', 'good.txt', '--logs', 'x'], '--compare'),
-]
-
-
-def test_mistakes_end_it_before_anything_runs(tmp_path, make, monkeypatch,
-                                              capsys):
-    # In this process: twenty starts of an interpreter would take seconds.
-    a = make('A')
-    (tmp_path / 'other').mkdir()
-    make('other/A')
-    (pathlib.Path(make('broken')) / 'main.py').write_text('def (')
-    (tmp_path / 'file').write_text('not a log\n')
-    (tmp_path / 'good.txt').write_text('run  experiment x  dataset y\n')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main, 'run', lambda job: pytest.fail(f'ran {job}'))
-    for arguments, said in MISTAKES:
-        arguments = [a if word == 'A' else str(word) for word in arguments]
-        with pytest.raises(SystemExit) as caught:
-            main.main(arguments)
-        out, err = capsys.readouterr()
-        assert caught.value.code == 2, arguments
-        assert said in err and err.count('\n') == 1, (arguments, err)
-        assert out == '', arguments
-    assert not (tmp_path / '.runs').exists()
-
-
-def test_compare_leaves_out_what_is_no_log(tmp_path):
-    names = 'notes', 'good', 'empty'
-    good = 'run  experiment x  dataset y\nfinal  mach mean  real 90.00\n'
-    for name, text in zip(names, ('## latency\n', good, '')):
-        (tmp_path / name).write_text(text)
-    done = launch(tmp_path, '--compare', *names)
-    assert done.returncode == 0 and cells(done.stdout)[0][:2] == ['x', 'y']
-    assert re.findall(r'(\w+):1: .*left out', done.stderr) == ['notes', 'empty']
-    done = launch(tmp_path, '--compare', 'notes', 'empty')
-    assert done.returncode == 2 and done.stdout == ''
-
-
-DRY = 'k: int = 5; seed: int = 0; connected: bool = 1; dry_run: bool = False'
-# Says what it was asked to try, and refuses too large a k.
-DRY_BODY = '''
-if p['dry_run'] == 'True':
-  print('checked', *sys.argv[1:], file=sys.stderr)
-  sys.exit(2 * (int(p['k']) > 9) or 0)
-'''
-
-
-def test_all_are_checked_before_the_first_runs(tmp_path, make):
-    folders = make('a'), make('b', DRY, DRY_BODY)
-    done = launch(tmp_path, '--only', *folders, '--k', '11', '--logs', 'l')
-    assert done.returncode == 2 and done.stdout == ''
-    assert done.stderr.endswith('mach: b cannot run, so nothing was run\n')
-    assert 'checked --k=11' in done.stderr and not (tmp_path / 'l').exists()
-    done = launch(tmp_path, '--only', *folders, '--k', '9', '--seeds', '1,2',
-                  '--isolated', 'True', '--logs', 'l')
-    assert done.returncode == 0, done.stderr
-    assert len(os.listdir(tmp_path / 'l')) == 6
-    checked = re.findall('checked (.*)', done.stderr)
-    assert ['connected' in words for words in checked] == [False, True]
-    assert len(re.findall('^run', done.stdout, re.M)) == 6  # none of a check
-
-
-def test_a_failed_experiment_does_not_stop_the_others(tmp_path, make):
-    folders = [
-        make('a', body='raise RuntimeError("crashed")'),
-        make('c', body='os._exit(3)'),
-        make('quiet', body='sys.exit(0)'),
-        make('silent'),
-        make('b')
-    ]
-    (tmp_path / 'silent/main.py').write_text('raise SystemExit(1)')
-    done = launch(tmp_path, '--only', *folders, '--logs', 'l')
-    assert done.returncode == 1
-    assert [row[0] for row in cells(done.stdout)] == ['b']
-    for said in ('a ended with 1', 'crashed', 'c ended with 3',
-                 'silent ended with 1', 'silent.txt:1: ', 'a.txt: no final'):
-        assert said in done.stderr
-    assert 'quiet.txt: no final' in done.stderr
-    assert 'quiet ended' not in done.stderr
-
-
-@pytest.mark.parametrize('code', [2, 130])
-def test_a_bad_value_or_an_interrupt_stops_the_rest(tmp_path, make, code):
-    folders = make('a'), make('b', body=f'sys.exit({code})'), make('c')
-    done = launch(tmp_path, '--only', *folders, '--logs', 'l')
-    assert done.returncode == code
-    assert sorted(os.listdir(tmp_path / 'l')) == ['a.txt', 'b.txt']
-    assert cells(done.stdout)[0][0] == 'a'  # what there is
-
-
-SLEEP = 'print(f"step  1  mach {os.getpid()}"); time.sleep(60)'
-
-
-def start(tmp_path, *arguments, program=()):
-    """Starts mach/main.py, waits for the line of a step: it, the child's id."""
-    process = subprocess.Popen([*program] or command(*arguments),
-                               cwd=tmp_path,
+    Returns:
+        The exit code, the rest of stdout, and stderr.
+    """
+    words = ['--logs', 'l', '--only', make('a', body), make('after')]
+    process = subprocess.Popen([sys.executable, MAIN, *words],
                                stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE,
                                text=True,
                                start_new_session=True)
-    for line in process.stdout:  # seen at once, or this takes a minute
-        if line.startswith('step'):
-            return process, int(line.split()[-1])
-    raise AssertionError(process.stderr.read())
+    steps = (line for line in process.stdout if line.startswith('step'))
+    child = int(next(steps).split()[-1])
+    act(process)
+    out, err = process.communicate(timeout=15)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)  # The experiment has ended.
+    return process.returncode, out, err
 
 
-def end(process):
-    """Its exit code, stderr and stdout; kills what is left."""
-    try:
-        out, err = process.communicate(timeout=30)
-        return process.returncode, out, err
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+def test_hyperparameters_are_found_in_the_text():
+    for name in main.EXPERIMENTS:
+        settings = conftest.load_main(name).Hyperparameters
+        names = [field.name for field in dataclasses.fields(settings)]
+        assert main.find(name) == (conftest.ROOT / name / 'main.py', names)
 
 
-def gone(child):
-    """Whether the process has ended."""
-    try:
-        os.kill(child, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def test_runs_in_order_saves_and_compares(tmp_path):
+    words = '--k 7 --log-every=-1e-3 --logs l/m --only'.split()
+    words += [make('x/b'), make('a', lacks='k')]
+    code, out, err = launch(*words)
+    assert code == 0, err
+    text, rows = out.split('\n\n')
+    logs = ['l/m/b.txt', 'l/m/a.txt']
+    assert ''.join((tmp_path / log).read_text() for log in logs) == text + '\n'
+    assert re.findall('hparams  k (.)', text) == ['7', '5']
+    assert text.count('log_every -1e-3') == 2
+    assert [row[4] for row in table(out)] == ['97.00', '95.00']
+    assert 'l/m/b.txt' in err and 'progress of b' in err
+    code, _, err = launch(*words)
+    assert code == 2 and 'l/m/b.txt must not exist' in err
+    (tmp_path / 'notes').write_text('Notes\n')
+    assert launch(
+        '--compare', 'notes',
+        *logs) == (0, rows,
+                   "mach: notes:1: not a log line: 'Notes', left out\n")
 
 
-def test_ctrl_c_stops_it_and_prints_what_there_is(tmp_path, make):
-    body = 'try: ' + SLEEP + '\nexcept KeyboardInterrupt: print("step  2")'
-    folders = make('a'), make('b', body=body), make('c')
-    process, child = start(tmp_path, '--only', *folders, '--logs', 'l')
-    os.killpg(process.pid, signal.SIGINT)
-    code, out, err = end(process)
-    assert code == 130 and gone(child)
-    # What an experiment says at its end is not lost.
-    assert len(metrics.read_log(tmp_path / 'l/b.txt').finals) == 2
-    assert 'step  2' in out and [row[0] for row in cells(out)] == ['a', 'b']
-    assert sorted(os.listdir(tmp_path / 'l')) == ['a.txt', 'b.txt']
-    assert 'Traceback' not in err
+def test_two_started_at_once_have_logs_of_their_own():
+    assert main.make_parser().get_default('logs').endswith(f'-{os.getpid()}')
 
 
-def test_a_child_deaf_to_ctrl_c_is_killed(tmp_path, make):
-    # Given 10 s by default; here less.
-    program = (f'import sys; sys.path.insert(0, {str(MAIN.parents[1])!r}); '
-               'from mach import main; main.STOP_SECONDS = .5; '
-               'sys.exit(main.main(sys.argv[1:]))')
-    deaf = make('a', body=f'signal.signal(2, signal.SIG_IGN)\n{SLEEP}')
-    process, child = start(
-        tmp_path,
-        program=[sys.executable, '-c', program, '--only', deaf, '--logs', 'l'])
-    os.killpg(process.pid, signal.SIGINT)
-    code, _, err = end(process)
-    assert code == 130 and gone(child) and 'does not stop, killed' in err
+def test_seeds_and_isolated_have_files_of_their_own():
+    names = make('a'), make('b', lacks='connected')
+    words = '--seeds 3,1 --isolated True --checkpoint c --logs l --only'.split()
+    code, out, err = launch(*words, *names)
+    runs = ('a.seed3 a.seed3.isolated a.seed1 a.seed1.isolated b.seed3 '
+            'b.seed1').split()
+    assert re.findall(r'-> l/(\S+)\.txt', err) == runs
+    assert re.findall(r'checkpoint c/(\S+)', out) == runs
+    assert re.findall('of (.) .*dry_run', err) == ['a', 'b']
+    assert [row[3:7] for row in table(out)
+           ] == [['2', '97.00 +- 1.41', '96.00 +- 1.41', '96.00 +- 1.41'],
+                 ['2', '97.00 +- 1.41', '96.00 +- 1.41', '-']]
 
 
-def test_a_child_does_not_outlive_a_killed_parent(tmp_path, make):
-    process, child = start(tmp_path, '--only', make('a', body=SLEEP))
-    process.terminate()
-    assert end(process)[0] == 143 and gone(child)
+@pytest.mark.parametrize('words, said', [
+    ('--only a --steps 5', 'unrecognized arguments: --steps 5'),
+    ('--only a --note 5', 'unrecognized'),
+    ('--only a --k 11', 'a cannot run'),
+    ('--only nowhere', 'nowhere; choose from synchronous_single'),
+    ('--only mach', 'no experiment mach'),
+    ('--only a other/a', 'choose another --logs'),
+    ('--only a --seeds 0,x', '--seeds'),
+    ('--only a --seeds 0,0', 'choose another --logs'),
+    ('--only a --logs bad.txt', 'bad.txt'),
+    ('--compare bad.txt nowhere.txt', 'nowhere.txt'),
+    ('--compare bad.txt', 'no log is left'),
+    ('--compare bad.txt --k 5', '--k'),
+])
+def test_a_mistake_ends_it_before_anything_runs(tmp_path, monkeypatch, capsys,
+                                                words, said):
+    make('a'), make('other/a')
+    (tmp_path / 'bad.txt').write_text('no log\n')
+    monkeypatch.setattr(main, 'run', lambda *job: pytest.fail(f'ran {job}'))
+    with pytest.raises(SystemExit) as caught:
+        main.main(words.split())
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ''
+    assert said in err.splitlines()[-1] and not (tmp_path / '.runs').exists()
+
+
+@pytest.mark.parametrize('code, status, shown', [(3, 1, 'ac'), (0, 0, 'ac'),
+                                                 (2, 2, 'a'), (130, 130, 'a')])
+def test_a_bad_value_or_an_interrupt_stops_the_rest(code, status, shown):
+    names = make('a'), make('b', f'sys.exit({code})'), make('c')
+    ended, out, err = launch('--only', *names)
+    assert ended == status and ''.join(row[0] for row in table(out)) == shown
+    assert f'b ended with {code}' in err or not code
+    assert 'b.txt: no final' in err and ('c.txt' in err) == ('c' in shown)
+
+
+def test_ctrl_c_stops_it_and_prints_what_there_is():
+    body = f'try: {SLEEP}\nexcept KeyboardInterrupt: print("step  2  mach 0")'
+    code, out, err = disturb(body, lambda p: os.killpg(p.pid, signal.SIGINT))
+    assert 'step  2' in out and [row[0] for row in table(out)] == ['a']
+    assert code == 130 and os.listdir('l') == ['a.txt'] and 'Trace' not in err
+
+
+def test_an_experiment_that_ignores_ctrl_c_is_killed(monkeypatch, tmp_path,
+                                                     capsys):
+    monkeypatch.setattr(main, 'STOP_SECONDS', .2)
+    text = 'import os, time; os.kill(os.getppid(), 2); time.sleep(60)'
+    assert main.run(tmp_path / 'log', [sys.executable, '-c', text]) == 130
+    assert 'log does not stop, killed' in capsys.readouterr().err
+
+
+def test_sigterm_stops_the_experiment():
+    assert disturb(SLEEP, subprocess.Popen.terminate)[0] == 143
+
+
+def test_a_closed_pipe_stops_it():
+    code, _, err = disturb(PRINT, lambda process: process.stdout.close())
+    assert code == 1 and 'Traceback' not in err
+    assert re.search('mach: stopped: .*pipe\n$', err)
+
+
+def test_a_grandchild_that_keeps_the_output_open_is_not_waited_for():
+    body = ('print("step  1  mach", os.getpid()); subprocess.Popen(["sleep", '
+            '"20"], stderr=subprocess.DEVNULL)')
+    assert disturb(body, lambda process: None)[0] == 0
 
 
 def test_the_last_line_before_the_end_is_shown(tmp_path, capsys):
-    with open(tmp_path / 'log', 'wb') as to, open(tmp_path / 'log',
-                                                  'rb') as log:
-
-        def poll():
-            to.write(b'last\n')
-            to.flush()
-            return 3
-
-        process = types.SimpleNamespace(poll=poll)
-        assert main.follow(process, log, float('inf')) == 3
-    assert capsys.readouterr().out == 'last\n'
+    log = tmp_path / 'log'
+    log.write_text('')
+    with open(log, 'rb') as file:
+        process = types.SimpleNamespace(poll=lambda: log.write_text('last'))
+        assert main.follow(process, file, float('inf')) == len('last')
+    assert capsys.readouterr().out == 'last'
 
 
-def test_an_orphan_that_holds_the_output_open_hangs_nothing(tmp_path, make):
-    body = ('print("step  1  mach", subprocess.Popen([sys.executable, "-c", '
-            '"import time; time.sleep(60)"]).pid)')
-    process, orphan = start(tmp_path, '--only', make('a', body=body))
-    try:
-        assert process.wait(20) == 0 and not gone(orphan)
-        assert '95.00' in process.stdout.read(4096)
-    finally:
-        os.kill(orphan, signal.SIGKILL)
-        end(process)
-
-
-FOREVER = 'while True: print("step  1  mach", os.getpid()); time.sleep(.01)'
-
-
-def test_a_broken_stdout_stops_it(tmp_path, make):
-    process, child = start(tmp_path, '--only', make('a', body=FOREVER))
-    process.stdout.close()  # as of `| head -3`
-    assert process.wait(20) == 1 and gone(child)
-    err = process.stderr.read()
-    process.stderr.close()
-    assert re.fullmatch(
-        r'mach: a -> \S+\nprogress of a\nmach: stopped: .*pipe\n', err)
-
-
-@pytest.mark.parametrize('to, said', [('>/dev/full', 'No space'),
-                                      ('>&-', 'stdout is closed')])
-@pytest.mark.parametrize('compare', [False, True])
-def test_a_full_or_closed_stdout_is_named(tmp_path, make, to, said, compare):
-    log = tmp_path / 'log.txt'
-    log.write_text('run  experiment x  dataset y\nfinal  mach mean  real 90\n')
-    arguments = ['--compare', log]
-    if not compare:
-        arguments = ['--only', make('a', body=FOREVER)]
-    done = subprocess.run(['sh', '-c', f'exec "$@" {to}', 'sh'] +
-                          command(*arguments),
-                          cwd=tmp_path,
-                          stderr=subprocess.PIPE,
-                          text=True,
-                          timeout=60)
-    assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert re.search(f'mach: stopped: .*{said}', done.stderr.split('\n')[-2])
-
-
-def test_help_names_every_option(tmp_path):
-    done = launch(tmp_path, '--help')
-    assert done.returncode == 0
-    for word in ('--only', '--logs', '--isolated', '--seeds', '--compare',
-                 '--name value', '130'):
-        assert word in done.stdout
+@pytest.mark.parametrize('option', ['--only', '--compare'])
+def test_a_full_stdout_is_named(tmp_path, option):
+    (tmp_path / 'log').write_text('run  a b\nfinal  mach mean  real 90\n')
+    name = 'log' if option == '--compare' else make('a', PRINT)
+    with open('/dev/full', 'wb') as full:
+        code, _, err = launch(option, name, stdout=full)
+    assert code == 1 and 'Traceback' not in err
+    assert re.search('mach: stopped: .*No space.*\n$', err)
