@@ -397,10 +397,11 @@ class Node:
                         f'{name} is {there.get(name)} there, {here} here')
             peer = self._peers[rank]
             wire.send_bytes(b'agreed')
-            peer.wire = wire
-            if self.begun:
-                self._announce(peer, 'is here')
             while True:
+                if peer.wire is not wire:
+                    peer.wire = wire
+                    if self.begun:
+                        self._announce(peer, 'is here')
                 self._take(peer, *receive(wire, self._settings.device))
         except Exception as error:  # pylint: disable=broad-except
             lost = peer and isinstance(error, (OSError, EOFError))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -174,6 +175,16 @@ def _still(monkeypatch):
     patch_trainers(monkeypatch, 'make_optimiser', lambda *_: (Still(), Still()))
 
 
+@pytest.fixture(name='no_hang')
+def _no_hang():
+    """Fails a test that takes 90 seconds."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
+    signal.alarm(90)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 class Clock:
     """Seconds pass when the test says so, or while a mailbox waits."""
 
@@ -292,16 +303,17 @@ def make_many(folder, children, clock=None, loss=0.0, sent=None, **names):
     return made
 
 
-def make_all(folder, graph=None, shared=False, **names):
+def make_all(folder, graph=None, shared=False, sent=None, **names):
     """A whole experiment: trainers, networks, students, children, batches.
 
     Args:
         graph: the children of each MACH.
-        shared: whether all MACHs get the same batches.
+        shared: whether all MACHs of a synchronous one get the same batches.
+        sent: as in `make_many`.
     """
     graph = graph or GRAPHS['cycle' if 'kgraph' in folder else 'chain']
     if folder in ASYNCHRONOUS:
-        trainers = make_many(folder, graph, **names)
+        trainers = make_many(folder, graph, sent=sent, **names)
         parts = [(one.network, one.student) for one in trainers]
         batches = [one.batches for one in trainers]
     else:
@@ -322,6 +334,18 @@ def make_all(folder, graph=None, shared=False, **names):
                                  learners=[s for s in students if s],
                                  children=graph,
                                  batches=batches)
+
+
+def take_step(one, trainers):
+    """One step of a Trainer; while it waits, all others serve."""
+
+    def stopped():
+        for other in trainers * 4:
+            if other is not one:
+                other.serve(0.0)
+        return False
+
+    one.step(stopped)
 
 
 def weights(*networks):
@@ -352,6 +376,12 @@ def within(seconds, work):
 
 
 # ------------------------------------------------ runs from the command line
+
+
+def hyperparameters(experiment):
+    """Name -> dataclass field."""
+    fields = dataclasses.fields(load_main(experiment).Hyperparameters)
+    return {field.name: field for field in fields}
 
 
 def wait_until(condition, seconds=LONG):
@@ -420,8 +450,8 @@ def _before(monkeypatch):
 
     def before(experiment, name, act):
         owner = load_main(experiment)
-        owner = owner if hasattr(owner,
-                                 name) else load(experiment).trainer.Trainer
+        if not hasattr(owner, name):
+            owner = load(experiment).trainer.Trainer
 
         def function(*args, then=getattr(owner, name)):
             act(*args)
@@ -458,18 +488,18 @@ def running(path, folder, *words, prefix=(), out=None):
                                    stderr=err,
                                    start_new_session=True)
 
+    def said():
+        return (path / 'out').read_text() + (path / 'err').read_text()
+
     def end():
         code = process.wait(3 * LONG)
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
-        return code, *texts()
+        lines = (path / 'err').read_text().splitlines(keepends=True)
+        err = ''.join(line for line in lines if 'import time:' not in line)
+        return code, (path / 'out').read_text(), err
 
-    def texts():
-        return [
-            (path / name).read_text(encoding='utf-8') for name in ('out', 'err')
-        ]
-
-    process.end, process.said = end, lambda: ''.join(texts())
+    process.end, process.said = end, said
     try:
         yield process
     finally:

@@ -1,11 +1,10 @@
 """Runs an asynchronous experiment in one thread, its MACHs in a drawn order.
 
-Threads leave it to the operating system who takes which step when; here a
-schedule does, by the seed: every run can be repeated to the bit. Time is counted
-in turns, so that nothing depends on a clock either.
+On threads the operating system decides which MACH takes a step when. Here a
+schedule decides, by the seed, so every run can be repeated to the bit. Time is
+counted in turns, so no clock has an effect.
 """
 
-import dataclasses
 import itertools
 import math
 import random
@@ -16,21 +15,21 @@ import torch
 
 SCHEDULES = ('ordered', 'random', 'bursts 5', 'bursts 20', 'unequal', 'nap',
              'late', 'leaver', 'early 10', 'early 50')
-FASTEST = 16  # times the slowest, of `unequal`
+FASTEST = 16  # times as fast as the slowest MACH, in `unequal`
 LATE = 50  # turns of its receiver that a message of `late` takes at most
-SECOND = 30  # turns: about what a MACH takes in a second on threads
+SECOND = 30  # turns: about as many as a MACH takes in a second on threads
 
 
 def draw_ranks(schedule, k, seed=0):
     """The MACHs in an order drawn by the seed.
 
-    The first naps, leaves or is early; in `unequal` they go from slow to fast.
+    The first naps, leaves or is early. In `unequal` they go from slow to fast.
     """
     return random.Random(f'{schedule} {seed}').sample(range(k), k)
 
 
 def turns(schedule, k, steps, seed=0):
-    """Yields for ever whose turn it is: indices of MACHs, 0 to k - 1.
+    """Yields without end the MACH that has the next turn: 0 to k - 1.
 
     Args:
         schedule: one of
@@ -45,8 +44,8 @@ def turns(schedule, k, steps, seed=0):
         ValueError: there is no such schedule.
     """
     name, _, count = schedule.partition(' ')
-    if not re.fullmatch('(bursts|early) [0-9]+',
-                        schedule) and (schedule not in SCHEDULES):
+    known = schedule in SCHEDULES
+    if not known and not re.fullmatch('(bursts|early) [0-9]+', schedule):
         raise ValueError(f'no schedule {schedule!r}; there are {SCHEDULES}')
     draw, everybody = random.Random(f'turns {schedule} {seed}'), list(range(k))
     ranks = draw_ranks(schedule, k, seed)
@@ -72,9 +71,9 @@ def turns(schedule, k, steps, seed=0):
 
 
 class Result(typing.NamedTuple):
-    """What came of a run: of each MACH a dict of mach, synthetic, real, totals.
+    """Results of a run: for each MACH a dict of mach, synthetic, real, totals.
 
-    Accuracies are in percent, nan for one that left.
+    Accuracies are in percent, NaN for a MACH that left.
     """
     finals: list  # at the end of the run
     own: list  # when the MACH had just taken its last step
@@ -82,37 +81,30 @@ class Result(typing.NamedTuple):
 
 
 def run(main, schedule, dataset, until=None, disturb=None, **overrides):
-    """Trains all MACHs of an experiment, in one thread.
-
-    Who has taken the last step serves in its turns, as on a thread.
+    """Trains all MACHs of an experiment in one thread, and returns a Result.
 
     Args:
         main: the module of its main.py.
         schedule: as in `turns`.
-        dataset: evaluated on its validation images.
+        dataset: its validation images are evaluated.
         until: steps at which a MACH stops; None for its last.
         disturb: called with the trainers and the number of turns before each.
         **overrides: hyperparameters.
-    Returns:
-        A Result.
     """
     torch.set_num_threads(1)
-    settings = dataclasses.replace(main.Hyperparameters(**overrides),
-                                   deadline=SECOND *
-                                   main.Hyperparameters.deadline,
-                                   jitter=LATE if schedule == 'late' else 0.0)
-    torch.manual_seed(settings.seed)
+    settings = main.Hyperparameters(**overrides)
+    settings.deadline *= SECOND
+    settings.jitter = LATE if schedule == 'late' else 0.0
     trainers = main.make_trainers(settings, dataset)
     steps, taken = until or settings.steps, [0] * settings.k
-    for one in trainers:
-        # A message's delay is in its receiver's turns, all else in everybody's.
-        one.exchange.mailbox.clock = lambda i=one.index: (taken[i] if schedule == 'late'
-                                                 else sum(taken) / settings.k)
+    for i, one in enumerate(trainers):
+        one.exchange.mailbox.clock = lambda i=i: (taken[i] if schedule == 'late'
+                                                  else sum(taken) / settings.k)
 
     def look(there):
         snapshots = {}
-        for one in trainers:
-            snapshots |= one.snapshot(networks=one.index in there)
+        for i, one in enumerate(trainers):
+            snapshots |= one.snapshot(networks=i in there)
         found = main.evaluate(snapshots, settings, dataset.validation_images,
                               dataset.validation_labels)
         return [one | snapshots[one['mach']].tally.totals() for one in found]
@@ -138,6 +130,6 @@ def run(main, schedule, dataset, until=None, disturb=None, **overrides):
 
 
 def mean(accuracies, key='real'):
-    """Of one key over MACHs, those that left aside; nan if nothing is there."""
+    """Mean of one key over the MACHs that did not leave; NaN if all left."""
     values = [a[key] for a in accuracies if not math.isnan(a[key])]
     return sum(values) / len(values) if values else math.nan

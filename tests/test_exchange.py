@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import WIDTH, Clock, Sink, draw, make_lone, make_many
 
-COMPLETE = conftest.GRAPHS['cycle']
-
+pytestmark = pytest.mark.usefixtures('no_hang')
 both_inputs = pytest.mark.parametrize('inputs', ['synthetic', 'real'])
 
 
@@ -19,9 +18,6 @@ both_inputs = pytest.mark.parametrize('inputs', ['synthetic', 'real'])
 def _folder(request):
     """Each test runs for both asynchronous experiments."""
     return request.param
-
-
-# -------------------------------------------------------------- nobody waits
 
 
 def test_an_unlocked_parent_never_waits(folder):
@@ -84,28 +80,20 @@ def test_deadlines_come_on_top_of_the_time_on_links(folder, asked, seconds,
     clock, x, told = Clock(), draw(1), draw(2, 4, WIDTH)
     names = dict(deadline=1.0, latency=4.0, jitter=1.0)
     trainer, sinks, tell = make_lone(folder, clock=clock, **names)
-    exchange, own = trainer.exchange, None
+    exchange = trainer.exchange
     if asked == 'relay':
         tell('Spike', (9, 1), 9, x, 1)
         trainer.serve(0.0)
     else:
-        own = exchange.ask(x, 1, waits=asked == 'own')
+        exchange.ask(x, 1, waits=asked == 'own')
+    own, = exchange.pending.values()
     spike, = sinks[0].take('Spike')
     clock.now = seconds + late
     trainer.serve(0.0)
-    assert len(exchange.pending) == (late < 0)
     tell('Answer', spike.key, 0, told, 0, spike.depth)
     trainer.serve(0.0)
-    if own:
-        assert list(own.answers) == [0] * (late < 0)
-        return
-    inputs = told.unsqueeze(1) if late < 0 else trainer.student(x)
-    answer, = sinks[9].take('Answer')
-    expected = trainer.network.answer(trainer.network(x, inputs))
-    assert torch.allclose(answer.value, expected)
-
-
-# --------------------------------------------------------------------- depth
+    assert list(own.answers) == [0] * (late < 0) and not exchange.pending
+    assert len(sinks[9].take('Answer')) == (asked == 'relay')
 
 
 @pytest.mark.parametrize('depth', [0, 1, 3])
@@ -148,7 +136,8 @@ def test_grads_and_own_messages_go_as_deep_as_they_say(folder, depth, inputs):
         assert spike.depth == max(0, depth - 1)
         sent = {len(grad.x): grad for grad in sinks[child].take('Grad')}
         assert {rows: grad.depth for rows, grad in sent.items()} == expected
-        assert len({grad.key for grad in sent.values()}) == len(expected)
+        keys = {grad.key for grad in sent.values() if grad.key[0] == 5}
+        assert len(keys) == len(expected), 'each has a new key'
         if depth:  # they share a forward
             assert spike.key == sent[4].key and torch.equal(spike.x, sent[4].x)
 
@@ -219,35 +208,28 @@ def test_staleness_counts_steps_of_the_receiver(folder):
     assert math.isnan(tally.staleness)
     parent.step()  # it has seen 0
     child.step()  # at 3: 3 late; it answers at 3
-    assert (tally.staleness, tally.staleness_max) == (3, 3)
     parent.step()  # it has seen 3
     parent.step()  # the same, as the child has not answered yet
     child.step()  # at 4: the newest Grad, 1 late
     child.step()  # at 5: the other Grad, 2 late
-    assert (tally.staleness, tally.staleness_max) == (6 / 3, 3)
+    assert (tally.staleness, tally.staleness_max) == ((3 + 1 + 2) / 3, 3)
     parent.step()  # it has seen 4
     tally.steps = 2  # resumed: the Grad is about a later step
     child.step()
     assert (tally.staleness, tally.staleness_max) == (6 / 4, 3)
 
 
-@pytest.mark.parametrize('kind', ['Spike', 'Grad x', 'Grad', 'Answer'])
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-def test_a_message_that_is_not_finite_is_dropped(folder, kind, value):
-    trainer, sinks, tell = make_lone(folder)
-    trainer.step()
-    spike, _ = sinks[0].messages
+def test_a_message_that_is_not_finite_is_dropped(folder, value):
+    trainer, _, tell = make_lone(folder)
+    exchange = trainer.exchange
     x, d, bad_x, bad_d = draw(1), draw(2, 4, WIDTH), draw(1), draw(2, 4, WIDTH)
     bad_x[1, 2] = bad_d[1, 2] = value
-    tell(
-        *{
-            'Spike': ('Spike', (9, 1), 9, bad_x, 0),
-            'Grad x': ('Grad', (9, 1), 9, bad_x, d, 0, 0),
-            'Grad': ('Grad', (9, 1), 9, x, bad_d, 0, 0),
-            'Answer': ('Answer', spike.key, 0, bad_d, 0, 1),
-        }[kind])
-    assert take(trainer.exchange) == ([], [], [])
-    assert trainer.exchange.dropped == 1
+    tell('Spike', (9, 1), 9, bad_x, 0)
+    tell('Grad', (9, 1), 9, bad_x, d, 0, 0)
+    tell('Grad', (9, 1), 9, x, bad_d, 0, 0)
+    tell('Answer', exchange.ask(x, 0).key, 0, bad_d, 0, 0)
+    assert take(exchange) == ([], [], []) and exchange.dropped == 4
 
 
 def test_keys_never_repeat(folder):
@@ -264,17 +246,12 @@ def test_keys_never_repeat(folder):
 @both_inputs
 def test_a_message_never_changes_after_it_is_sent(folder, inputs):
     sent, names = [], dict(inputs=inputs, dropout=0.2, share=0.5)
-    trainers = make_many(folder, COMPLETE, sent=sent, **names)
+    trainers = make_many(folder, conftest.GRAPHS['cycle'], sent=sent, **names)
     for one in 6 * trainers:
-        one.step(
-            lambda: [o.serve(0.0) for o in 2 * trainers if o is not one] == 0)
+        conftest.take_step(one, trainers)
     assert {type(m).__name__ for m, _ in sent} == {'Spike', 'Answer', 'Grad'}
-    live = {
-        p.data_ptr()
-        for one in trainers
-        for network in (one.network, one.student)
-        for p in network.parameters()
-    }
+    networks = [n for one in trainers for n in (one.network, one.student)]
+    live = {p.data_ptr() for n in networks for p in n.parameters()}
     for message, before in sent:
         assert all(map(torch.equal, conftest.tensors(message), before)), message
         for tensor in conftest.tensors(message):
@@ -286,20 +263,6 @@ def test_a_message_never_changes_after_it_is_sent(folder, inputs):
 # ---------------------------------------------------------- memory is bounded
 
 
-def held(exchange):
-    """How much each container of an Exchange holds."""
-    rings = [len(ring) for ring in exchange._arrived.values()]
-    return [len(exchange.pending), len(exchange.mailbox._messages), *rings]
-
-
-@pytest.fixture(name='small')
-def _small(monkeypatch, folder):
-    """An Exchange keeps 4 messages of one kind and sender, and 4 questions."""
-    exchange = conftest.load(folder).exchange
-    monkeypatch.setattr(exchange, 'KEPT', 4)
-    monkeypatch.setattr(exchange, 'PENDING', 4)
-
-
 @pytest.mark.parametrize('kind, inputs, answered, dropped',
                          [('Spike', 'synthetic', 12, 0),
                           ('Relay', 'synthetic', 8, 8),
@@ -308,10 +271,12 @@ def _small(monkeypatch, folder):
                           ('Answer', 'synthetic', 0, 0),
                           ('Question', 'synthetic', 0, 8)])
 def test_a_flood_does_not_fill_the_memory(folder, kind, inputs, answered,
-                                          dropped, small):
+                                          dropped, monkeypatch):
     """What makes room is counted. A Spike that makes room is answered early."""
-    x, d = draw(1), draw(2, 4, WIDTH)
+    for name in ('KEPT', 'PENDING'):
+        monkeypatch.setattr(conftest.load(folder).exchange, name, 4)
     trainer, sinks, tell = make_lone(folder, inputs=inputs)
+    x, d = draw(1), draw(2, 4, WIDTH)
     exchange = trainer.exchange
     flood = dict(Spike=lambda i: tell('Spike', (9, i), 9, x, 0),
                  Relay=lambda i: tell('Spike', (9, i), 9, x, 2),
@@ -321,14 +286,15 @@ def test_a_flood_does_not_fill_the_memory(folder, kind, inputs, answered,
     for i in range(12):
         flood[kind](i)
         trainer.serve(0.0)
+        assert all(len(ring) <= 4 for ring in exchange._arrived.values())
         # A locked relay that made room is kept for its Grad.
-        assert max(held(exchange)) <= (8 if inputs == 'real' else 4)
+        assert len(exchange.pending) <= (8 if inputs == 'real' else 4)
     assert exchange.dropped == dropped
     assert len(sinks[9].take('Answer')) == answered
 
 
 def test_dropped_and_lost_messages_are_counted(folder):
-    """A MACH that serves answers all Spikes that are left."""
+    """A full mailbox drops the oldest. `serve` answers all Spikes left."""
     trainer, sinks, tell = make_lone(folder)
     trainer.exchange.mailbox.limit = 4
     for i in range(6):
@@ -337,32 +303,29 @@ def test_dropped_and_lost_messages_are_counted(folder):
     tally = trainer.snapshot()[5].tally
     assert (tally.dropped, tally.lost) == (2 + 10 + 30, 20)
     trainer.serve(0.0)
-    assert len(sinks[9].take('Answer')) == 4
+    assert {a.key[1] for a in sinks[9].take('Answer')} == {2, 3, 4, 5}
 
 
-@pytest.mark.parametrize('early', [False, True])
-def test_a_locked_relay_is_kept_for_its_grad(folder, early, still):
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_locked_relay_is_kept_for_its_grad(folder, order, still):
     """The Grad meets the same inputs, also if it comes before the answer."""
     trainer, sinks, tell = make_lone(folder, inputs='real')
     x, told, pull = draw(1, 3), draw(2, 3, WIDTH), draw(3, 3, WIDTH)
     tell('Spike', (9, 1), 9, x, 1)
     trainer.serve(0.0)
     spike, = sinks[0].take('Spike')
-    for is_grad in (early, not early):
-        if is_grad:
-            tell('Grad', (9, 1), 9, x, pull, 0, 1)
-        else:
-            tell('Answer', spike.key, 0, told, 17, 0)
-        if is_grad == early:
-            trainer.serve(0.0)
+    first, last = [('Answer', spike.key, 0, told, 17, 0),
+                   ('Grad', (9, 1), 9, x, pull, 0, 1)][::order]
+    tell(*first)
+    trainer.serve(0.0)
+    tell(*last)
     assert len(trainer.exchange.pending) == 1
     own = conftest.load(folder).exchange.Block(draw(4), key=(5, 99))
     trainer.learn(own, torch.arange(4))
     answer, = sinks[9].take('Answer')
-    assert answer.key == (9, 1)
     inputs = told.unsqueeze(1).requires_grad_()
     expected = trainer.network.answer(trainer.network(x, inputs))
-    assert torch.allclose(answer.value, expected)
+    assert answer.key == (9, 1) and torch.allclose(answer.value, expected)
     sent, = (grad for grad in sinks[0].take('Grad') if len(grad.x) == 3)
     assert (sent.key, sent.version, sent.depth) == (spike.key, 17, 0)
     expected, = torch.autograd.grad(expected, inputs, pull)
@@ -373,10 +336,10 @@ def test_a_locked_relay_is_kept_for_its_grad(folder, early, still):
 # ----------------------------------------------------------- links, mailboxes
 
 
-def connect(folder, *conditions, limit=9999, seed='a'):
+def connect(folder, *conditions, seed='a'):
     """A clock, a mailbox, and a Link of (latency, jitter, loss_rate) to it."""
     link, clock = conftest.load(folder).link, Clock()
-    mailbox = link.Mailbox(limit, clock)
+    mailbox = link.Mailbox(9999, clock)
     mailbox._arrival.wait = clock.wait
     return clock, mailbox, link.Link(mailbox, *conditions, seed=seed)
 
@@ -391,17 +354,10 @@ def test_messages_come_when_they_are_due_and_in_that_order(folder):
     clock.now = 2.5
     fast.send(three)
     slow.send(four)
-    came = {}
+    came = []
     for clock.now in (2.75, 3.0, 3.25, 3.5, 5.25, 5.5):
-        came[clock.now] = mailbox.collect()
-    assert came == {
-        2.75: [],
-        3.0: [one, two],
-        3.25: [],
-        3.5: [three],
-        5.25: [],
-        5.5: [four]
-    }
+        came.append(mailbox.collect())
+    assert came == [[], [one, two], [], [three], [], [four]]
 
 
 def test_links_delay_and_lose_messages_at_random(folder):
@@ -418,32 +374,17 @@ def test_links_delay_and_lose_messages_at_random(folder):
     found = draw_all('a', 1.0, 0.3)
     assert draw_all('a', 1.0, 0.3) == found != draw_all('b', 1.0, 0.3)
     assert 1340 < len(found) < 1460
-    came = {i for i, _ in found}
-    pairs = sum(i in came and i + 1 in came for i in range(2000))
-    assert 920 < pairs < 1040, 'a loss says nothing about the next message'
     delays = [due for _, due in found]
     assert 2.0 <= min(delays) < 2.02 and 2.98 < max(delays) <= 3.0
     assert abs(sum(delays) / len(delays) - 2.5) < 0.05
 
 
-def test_a_full_mailbox_drops_the_oldest_message(folder):
-    """Messages on their way count too."""
-    clock, mailbox, late = connect(folder, 1e9, limit=3)
-    for i in range(8):
-        late.send(i)
-        assert mailbox.dropped == max(0, i - 2)
-    assert mailbox.collect() == []
-    clock.now = 1e9
-    assert mailbox.collect() == [5, 6, 7] and late.lost == 0
-
-
 def test_a_mailbox_waits_until_the_first_message_is_due(folder):
     clock, mailbox, slow = connect(folder, 3.0)
     fast = conftest.load(folder).link.Link(mailbox, 0.5)
-    assert mailbox.collect(7.0) == [] and clock.waits == [7.0]
+    assert mailbox.collect(7.0) == []
     slow.send('a')  # due at 10
-    assert mailbox.collect(1.0) == [] and clock.waits == [7.0, 1.0]
-    assert mailbox.collect() == mailbox.collect(-1.0) == []
+    assert mailbox.collect(1.0) == mailbox.collect() == []
     fast.send('b')  # at 8: due at 8.5
     assert mailbox.collect(9.0) == ['b'] and mailbox.collect(9.0) == ['a']
     assert clock.waits == [7.0, 1.0, 0.5, 1.5]
@@ -471,22 +412,17 @@ def test_every_edge_has_two_links_that_draw_by_themselves(folder, monkeypatch):
     main, links = conftest.load_main(folder), {}
     monkeypatch.setattr(main.data, 'deal', lambda *_: [None] * 3)
     monkeypatch.setattr(main, 'Link', lambda *given: given)
-    conditions = dict(latency=5.0, jitter=0.25, loss_rate=0.5)
-    for seed in (0, 1):
-        settings = main.Hyperparameters(k=3, seed=seed, **conditions)
-        trainers = main.make_trainers(settings, None)
-        for one in trainers:
-            for other, (mailbox, *more) in one.exchange.links.items():
-                assert mailbox is trainers[other].exchange.mailbox
-                assert more[:3] == [5.0, 0.25, 0.5]
-                links[seed, one.index, other] = more[3]
-        for i, children in enumerate(main.children_of(settings)):
-            assert {(seed, i, j) for j in children} <= set(links)
-            assert {(seed, j, i) for j in children} <= set(links)
+    settings = main.Hyperparameters(k=3, latency=5, jitter=2, loss_rate=0.5)
+    trainers = main.make_trainers(settings, None)
+    for one in trainers:
+        for other, (mailbox, *given, seed) in one.exchange.links.items():
+            assert mailbox is trainers[other].exchange.mailbox
+            assert given == [5, 2, 0.5]
+            links[one.index, other] = seed
+    for i, children in enumerate(main.children_of(settings)):
+        for j in children:
+            assert {(i, j), (j, i)} <= set(links)
     assert len(set(links.values())) == len(links), 'all seeds differ'
-
-
-# ----------------------------------------------------------------------- turns
 
 
 def test_turns(folder, monkeypatch):

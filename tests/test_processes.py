@@ -1,220 +1,217 @@
-"""MACHs in processes: the wire, who is there and who is gone, torchrun.
+"""MACHs in processes: the wire, lost and late processes, strangers, torchrun.
 
-Nodes of one process stand for processes where that is enough; else torchrun
-starts some. Each is ended by its id.
+Most tests make Nodes in this one process. A few start torchrun.
 """
 
 import contextlib
-import dataclasses
 import inspect
 import itertools
 import os
-import pickle
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from multiprocessing import connection
 
 import conftest
 import pytest
-import test_main
 import torch
 
 from mach import data, metrics
 
+# pylint: disable=protected-access
 EXPERIMENT = 'asynchronous_kgraph'
 KGRAPH = conftest.load(EXPERIMENT)
-link, processes = KGRAPH.link, KGRAPH.processes
-wait_until = test_main.wait_until
+link, processes, Snapshot = KGRAPH.link, KGRAPH.processes, KGRAPH.trainer.Snapshot
+wait_until = conftest.wait_until
 PORTS = itertools.count(21000 + os.getpid() % 10000, 20)
-TINY = ('--precision=fp32 --batch_size=16 --hidden=32 --student_hidden=32 '
-        '--log_every=5 --patience=60').split()
-fixture_dataset, fixture_run_here = (test_main.fixture_dataset,
-                                     test_main.fixture_run_here)
 
 
 def pixels(rows=3):
-    """x [rows, 784] as it comes from images."""
-    generator = torch.Generator().manual_seed(rows)
-    return data.normalise(
-        torch.randint(256, (rows, 784), generator=generator).to(torch.uint8))
+    """x [rows, 784], as from images."""
+    return data.normalise(torch.randint(256, (rows, 784), dtype=torch.uint8))
 
 
-def messages(x):
-    """One of each kind."""
-    values = torch.randn(len(x), 64)
-    return [
-        link.Spike((1, 2**62), 1, x, 1),
-        link.Answer((2, 5), 1, values, 7),
-        link.Grad((1, 6), 1, x, values, -1, 0)
-    ]
+def spike(sender, x=None):
+    """A Spike about x."""
+    return link.Spike((sender, 2**62), sender, pixels() if x is None else x, 1)
 
 
 @pytest.fixture(name='nodes')
 def fixture_nodes(monkeypatch, dataset):
-    """Gives Nodes of one run, each with a MACH, as if in processes.
+    """Makes Nodes of one run, each with one MACH, as if in processes."""
+    port, main = next(PORTS), conftest.load_main(EXPERIMENT)
 
-    They are never started twice on one port; threads that still try to connect
-    find nobody.
-    """
-    port = next(PORTS)
-
-    def make(rank, size=2, secret='', begin=True, adopt=True, **names):
-        monkeypatch.setenv('RANK', str(rank))
-        monkeypatch.setenv('LOCAL_RANK', str(rank))
+    def make(rank, size=2, key='', name='greys', **settings):
+        for variable in 'RANK', 'LOCAL_RANK':
+            monkeypatch.setenv(variable, str(rank))
         monkeypatch.setenv('WORLD_SIZE', str(size))
         monkeypatch.setenv('MASTER_PORT', str(port))
-        monkeypatch.setenv('MACH_KEY', secret)
-        main = conftest.load_main(EXPERIMENT)
-        names = dict(k=size, batch_size=16, hidden=8, patience=20.0) | names
-        settings = main.Hyperparameters(**names)
-        node = processes.Node(settings, 'greys')
-        node.trainer = None
-        if adopt:
-            node.trainer, = node.adopt(main.make_trainers(settings, dataset))
+        monkeypatch.setenv('MACH_KEY', key)
+        settings = main.Hyperparameters(k=size, hidden=8, **settings)
+        node = processes.Node(settings, name)
+        node.trainer, = node.adopt(main.make_trainers(settings, dataset))
+        node.exchange = node.trainer.exchange
         node.open()
-        if begin:
-            node.begin()
         return node
 
     return make
 
 
-def pair(nodes, **names):
-    """Two Nodes that hear each other."""
-    found = [nodes(rank, begin=False, **names) for rank in (0, 1)]
-    assert wait_until(lambda: found[0].hears(1) and found[1].hears(0), 10)
-    return found
+def pair(nodes, size=2, **settings):
+    """Nodes that hear each other, and send to each other."""
+    made = [nodes(rank, size, **settings) for rank in range(size)]
+    assert wait_until(lambda: joined(made), 10)
+    return made
 
 
-# ----------------------------------------------------------------------- frames
+def joined(made):
+    """Whether all these Nodes hear all."""
+    return all(peer.wire and peer.connected
+               for node in made
+               for peer in node._peers.values())
 
 
-@pytest.mark.parametrize('precision, error', [('fp32', 0), ('bf16', 2**-8)])
-def test_messages_arrive_as_they_were(precision, error):
-    for message in messages(pixels()):
-        frame = processes.pack(4, message, precision)
-        receiver, again = processes.unpack(frame)
-        assert receiver == 4 and isinstance(again, type(message))
-        for name, value in vars(message).items():
-            other = getattr(again, name)
-            if name == 'x':
-                assert torch.equal(value, other)  # to the bit
-            elif torch.is_tensor(value):
-                assert ((value - other).abs() <= error * value.abs()).all()
-                assert other.dtype == torch.float32
-            else:
-                assert value == other
+# --------------------------------------------------------------------- the wire
 
 
-def test_an_image_travels_as_its_bytes_and_other_x_as_half():
+def carried(message):
+    """What arrives of a message, and how many bytes were sent."""
+    frames, wire = [], types.SimpleNamespace()
+    wire.send_bytes = lambda frame: frames.append(bytes(frame))
+    processes.send(wire, 4, message)
+    size = sum(map(len, frames))
+    near, far = connection.Pipe()
+    threading.Thread(
+        target=lambda: [near.send_bytes(frame) for frame in frames]).start()
+    receiver, arrived = processes.receive(far)
+    assert receiver == 4 and isinstance(arrived, type(message))
+    return arrived, size
+
+
+@pytest.mark.parametrize('noise, size', [(0, 1), (0.01, 4)])
+def test_messages_arrive_as_they_were_and_images_as_bytes(noise, size):
     x = pixels(32)
-    sizes = [len(processes.pack(0, m, 'bf16')) for m in messages(x)]
-    floats = 2 * 32 * 64
-    for size, least in zip(sizes, (32 * 784, floats, 32 * 784 + floats)):
-        assert least < size < least + 256
-    odd = x + torch.rand_like(x) / 100
-    _, spike = processes.unpack(processes.pack(0, messages(odd)[0], 'fp32'))
-    assert (spike.x - odd).abs().max() < 2e-3
-    assert data.denormalise(pixels()).dtype == torch.uint8
-    every = torch.arange(256, dtype=torch.uint8)[None]
-    assert torch.equal(data.denormalise(data.normalise(every)), every)
+    x += noise * torch.rand_like(x)
+    values, small = torch.randn(64, 32).T, 32 * 64 * 4  # not contiguous
+    answer = link.Answer((2, 5), 1, values, 7, 0)
+    grad = link.Grad((1, 6), 1, x, values, -1, 0)
+    large = 32 * 784 * size
+    for message, least in (spike(1, x), large), (answer,
+                                                 small), (grad, large + small):
+        arrived, sent = carried(message)
+        assert least < sent < least + 512
+        for one, other in zip(vars(message).values(), vars(arrived).values()):
+            assert type(other) is type(one)
+            if torch.is_tensor(one):
+                assert torch.equal(one, other) and other.dtype == one.dtype
+            else:
+                assert one == other
 
 
-def test_what_is_no_frame_is_a_value_error():
-    draw, frames = random.Random(0), [b'', b'abc', b'\xff' * 64, bytes(99)]
-    good = [
-        processes.pack(0, message, 'fp32') for message in messages(pixels())
-    ]
-    frames += [frame[:-1] for frame in good] + [frame + b'x' for frame in good]
-    frames += [
-        pickle.dumps(good[0]), good[0].replace(b'Spike', b'Evil!'),
-        good[0].replace(b'[3, 784]', b'').replace(b'uint8', b'int64')
-    ]
-    for frame in frames:
-        with pytest.raises(ValueError):
-            processes.unpack(frame)
-    for _ in range(2000):  # nothing else, whatever the bytes are
-        frame = bytearray(draw.choice(good))
-        for _ in range(draw.randint(1, 4)):
-            frame[draw.randrange(120)] = draw.randrange(256)
-        with contextlib.suppress(ValueError):
-            processes.unpack(bytes(frame))
+def test_a_state_dict_arrives_as_it_is():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 3),
+                                  torch.nn.BatchNorm1d(3))
+    network.register_buffer('nothing', torch.empty(0, 2).bfloat16())
+    network(torch.randn(8, 4))
+    tally = metrics.Tally(3)
+    tally.dropped = 5
+    snapshot = Snapshot(tally, network, ended=True)
+    arrived, _ = carried(processes.Status(3, snapshot, [], True, 0))
+    counts, state, *rest = arrived.snapshot
+    assert counts == tally.state_dict() and rest == [None, True, False]
+    for (name, one), (key, other) in zip(network.state_dict().items(),
+                                         state.items(),
+                                         strict=True):
+        assert name == key and torch.equal(one, other)
+        assert one.dtype == other.dtype
 
 
-# ------------------------------------------------------------------------ nodes
+def test_links_deliver_both_ways_with_conditions_on_arrival(nodes):
+    two = pair(nodes, loss_rate=0.5)
+    for sender, receiver in two, two[::-1]:
+        come, box = [], receiver.exchange.mailbox
+        arrival = receiver._ways[sender.rank, receiver.rank]
+        departure = sender.exchange.links[receiver.rank]
+        for _ in range(50):
+            departure.send(spike(sender.rank))
+        assert wait_until(lambda: come.extend(box.collect()) or arrival.lost +
+                          len(come) == 50)
+        assert 5 < arrival.lost < 45 and not departure.lost
+        assert come[0].key == (sender.rank, 2**62)
 
 
-def test_messages_go_both_ways_into_mailboxes(nodes):
-    first, second = pair(nodes)
-    for sender, receiver in (first, second), (second, first):
-        x = pixels(4)
-        sent = link.Spike((0, 1), sender.rank, x, 0)
-        sender.trainer.links[receiver.rank].send(sent)
-        come = []
-        assert wait_until(
-            lambda: come.extend(receiver.trainer.mailbox.collect()) or come, 5)
-        assert come[0].key == (0, 1) and torch.equal(come[0].x, x)
+def test_sending_never_waits_and_counts_what_is_lost(nodes, monkeypatch):
+    monkeypatch.setattr(processes.Peer, 'run', lambda _: None)
+    node = nodes(0)
+    way, peer, began = node.exchange.links[1], node._peers[1], time.monotonic()
+    for peer.connected in False, True:  # to a process that reads nothing
+        for _ in range(1000):
+            way.send(spike(0))
+    assert (way.lost, way.dropped) == (1000, 1000 - processes.QUEUE)
+    assert len(peer.mail.collect()) == processes.QUEUE
+    assert time.monotonic() - began < 2
 
 
-def test_links_have_the_conditions_asked_for(nodes):
-    first, second = pair(nodes, loss_rate=1.0)
-    first.trainer.links[1].send(link.Spike((0, 1), 0, pixels(), 0))
-    way = second.trainer  # its own link back is of the other process
-    assert wait_until(
-        lambda: second._ways[0, 1].lost == 1,  # pylint: disable=W0212
-        5)
-    assert not way.mailbox.collect()
+# ------------------------------------------------------------ what others know
 
 
-# pylint: disable=protected-access
-def test_sending_never_waits_and_nothing_is_uncounted(nodes):
-    node = nodes(0, begin=False)  # nobody is there
-    out, spike = node.trainer.links[1], link.Spike((0, 1), 0, pixels(), 0)
-    began = time.monotonic()
-    for _ in range(1000):
-        out.send(spike)
-    assert out.lost == 1000
-    peer = node._peers[1]  # as if it were connected and took nothing
-    peer.connected = True
-    for _ in range(1000):
-        out.send(spike)
-    assert (out.lost, out.dropped) == (1000, 1000 - peer.limit)
-    assert peer.limit == 3 * 32 and time.monotonic() - began < 1
-
-
-def test_state_is_told_again_to_who_connects_again(nodes):
-    first = nodes(0, begin=False)
-    first.put(('copy', first.trainer.copy()))
-    second = nodes(1, begin=False)
+def test_all_is_told_again_on_a_new_connection(nodes):
+    first = nodes(0)
+    told, = first.trainer.snapshot().values()
+    first.tell([], {0: told})
+    second = nodes(1)
     for _ in range(2):
-        kind, content = second.events.get(timeout=10)
-        copied = content[0]
-        assert kind == 'copy' and copied.tally.mach == 0
-        for name in 'mach', 'student':
-            one, other = getattr(first.trainer, name), getattr(copied, name)
+        assert wait_until(lambda: second._snapshots, 10)
+        lines, news = second.news()
+        assert lines == [] and news[0].tally.steps == 0 and not news[0].ended
+        for name in 'network', 'student':
+            one, other = getattr(told, name), getattr(news[0], name)
             for p, q in zip(one.parameters(), other.parameters(), strict=True):
                 assert torch.equal(p, q) and p is not q
-        second._peers[0].wire.close()  # it is cut, and tried again
-    first.put(('ended', first.trainer.copy()))
-    kinds = iter(lambda: second.events.get(timeout=10)[0], 'ended')
-    assert set(kinds) <= {'copy'}
-    assert second.heard[0].tally.mach == 0
+        second._peers[0].wire.close()  # it is cut, and made again
+    first.trainer.tally.steps = 7  # counts go as a sign of life, twice a second
+    assert wait_until(lambda: second.tally(0).steps == 7, 2)
+    second.tell([dict(step=1, mach=1), dict(step=2, mach=1)], {})
+    first.tell([], first.trainer.snapshot(False, ended=True, failed=True))
+    second.tell([dict(step=3, mach=1)], second.trainer.snapshot(ended=True))
     first.leave()
+    assert wait_until(lambda: 1 in first._snapshots and 0 in second._snapshots)
+    assert second.news()[1][0].failed
+    lines, news = first.news()
+    assert [line['step'] for line in lines] == [1, 2, 3]
+    assert news[1].ended and news[1].network and first.news() == ([], {})
 
 
-def test_all_begin_together_and_late_ones_alone(nodes, capsys):
-    began = time.monotonic()
-    first = nodes(0, size=3, patience=0.5)
+def test_a_flood_of_news_is_bounded(nodes, monkeypatch):
+    monkeypatch.setattr(processes, 'LINES', 100)
+    first, second = pair(nodes)
+    for step in range(300):  # the main thread of `first` takes nothing
+        second.trainer.tally.steps = step
+        second.tell([dict(step=step, mach=1)], second.trainer.snapshot())
+        time.sleep(0.002)
+    assert wait_until(lambda: first._lines and first._lines[-1]['step'] == 299,
+                      10)
+    assert wait_until(lambda: first._snapshots[1].tally.steps == 299, 10)
+    assert len(first._lines) <= 100 and len(first._snapshots) == 1
+    second.exchange.links[0].send(spike(1))  # it goes on hearing
+    assert wait_until(first.exchange.mailbox.collect, 5)
+
+
+def test_all_begin_together_and_a_late_one_alone(nodes, capsys, monkeypatch):
+    monkeypatch.setattr(processes, 'PATIENCE', 0.5)
+    first, began = nodes(0, size=3), time.monotonic()
+    first.begin()
     assert 0.5 <= time.monotonic() - began < 8
     assert capsys.readouterr(
     ).err == 'process 0 begins without process [1, 2]\n'
-    began = time.monotonic()
-    second = nodes(1, size=3)  # hears that the first has begun
+    monkeypatch.setattr(processes, 'PATIENCE', 60)
+    second, began = nodes(1, size=3), time.monotonic()
+    second.begin()  # the first has begun
     assert 1 <= time.monotonic() - began < 10
     assert wait_until(lambda: first.hears(1) and second.hears(0), 10)
     assert not first.hears(2) and first.hears(0)
@@ -222,99 +219,105 @@ def test_all_begin_together_and_late_ones_alone(nodes, capsys):
                                        'process 1 begins without process [2]\n')
 
 
-def test_a_signal_goes_round(nodes):
-    first, second = pair(nodes)
+def test_a_signal_goes_round_and_some_hyperparameters_may_differ(nodes):
+    two = first, second = nodes(0), nodes(1, log_every=5, precision='fp32')
+    assert wait_until(lambda: joined(two), 10)
     second.interrupt(signal.SIGINT, None)
     assert wait_until(lambda: first.signal == signal.SIGINT, 5)
     first.interrupt(signal.SIGTERM, None)
     assert first.signal == signal.SIGINT  # the first counts
 
 
-@pytest.mark.parametrize('other', [
-    dict(secret='another'),
-    dict(learning_rate=0.1),
-    dict(seed=1),
+def test_silence_is_said_once_by_the_lowest(nodes, monkeypatch, capsys):
+    monkeypatch.setattr(processes, 'SILENCE', 1)
+    first, second, third = pair(nodes, size=3)
+    for peer in third._peers.values():  # it is as if this process were stopped
+        peer._tell = lambda *_: None
+    assert wait_until(lambda: not first.hears(2) and not second.hears(2), 10)
+    time.sleep(2)
+    gone = re.findall('.*is gone', capsys.readouterr().err)
+    assert gone == ['process 0 says: process 2 is gone']
+
+
+# ------------------------------------------------------------------- strangers
+
+
+@pytest.mark.parametrize('other, whys', [
+    (dict(key='another'), ['a connection: Authentication'] * 2),
+    (dict(seed=1), [
+        'process 1: seed is 1 there, 0 here',
+        'process 0: seed is 0 there, 1 here'
+    ]),
+    (dict(learning_rate=0.1), [
+        'process 1: learning_rate is 0.1 there, 0.003 here',
+        'process 0: learning_rate is 0.003 there, 0.1 here'
+    ]),
+    (dict(name='reds'), [
+        'process 1: dataset is reds there, greys here',
+        'process 0: dataset is greys there, reds here'
+    ]),
 ])
-def test_who_has_another_key_is_refused(nodes, capsys, other):
-    first = nodes(0, begin=False, adopt=False)
-    second = nodes(1, begin=False, adopt=False, **other)
-    assert wait_until(lambda: first.refused > 1 and second.refused > 1, 10)
-    assert not first.hears(1) and not second.hears(0)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2  # once each
-    assert all('refuses a connection' in line for line in lines)
+def test_a_process_that_differs_is_refused_once(nodes, capsys, other, whys):
+    two = nodes(0), nodes(1, **other)
+    time.sleep(1.5)
+    assert not any(node.hears(1 - node.rank) for node in two)
+    for rank, (line, why) in enumerate(
+            zip(sorted(capsys.readouterr().err.splitlines()), whys,
+                strict=True)):
+        assert line.startswith(f'process {rank} refuses {why}')
 
 
-def test_what_each_may_have_for_itself_is_no_other_key(nodes):
-    pair(nodes)
-    assert {'data', 'log_every', 'resume', 'device'} <= set(processes.OWN)
-
-
-def test_strangers(nodes, monkeypatch, capsys):
+def test_strangers_are_harmless(nodes, monkeypatch, capsys):
     monkeypatch.setattr(processes, 'SILENCE', 1)
     first, second = pair(nodes)
-    address = first._addresses[0]  # pylint: disable=protected-access
-    socks = [socket.create_connection(address) for _ in range(1000)]
-    said = [
-        random.Random(0).randbytes(100),
-        b'\xff\xff\xff\xff' + (2**60).to_bytes(8, 'big'), b'\0\0\0\x20half'
-    ]
-    for sock, content in zip(socks, itertools.cycle(said)):
+    address, before = first._addresses[0], threading.active_count()
+    assert address[0] == '127.0.0.1'  # nothing listens elsewhere
+    contents = os.urandom(100), b'\xff' * 12, b'\0\0\0\x20half', b''
+    socks = [socket.create_connection(address) for _ in range(400)]
+    for sock, content in zip(socks, itertools.cycle(contents)):
         with contextlib.suppress(OSError):
             sock.sendall(content)
-    assert wait_until(lambda: first.refused >= 1000, 15)
+    assert threading.active_count() <= before + processes.STRANGERS
     with pytest.raises((OSError, EOFError, connection.AuthenticationError)):
         connection.Client(address, authkey=b'a guess')
-    assert first.hears(1) and second.hears(0)
-    second.trainer.links[0].send(link.Spike((1, 1), 1, pixels(), 0))
-    assert wait_until(first.trainer.mailbox.collect, 5)
+    second.exchange.links[0].send(spike(1))
+    assert wait_until(first.exchange.mailbox.collect, 5)
+    assert wait_until(lambda: threading.active_count() <= before, 10)
+    second._peers[0].wire.close()  # a process comes back after them
+    assert wait_until(lambda: joined([first, second]), 10)
     for sock in socks:
         sock.close()
     assert capsys.readouterr().err.count('\n') == 1
 
 
-def test_a_frame_that_is_none_ends_the_connection_alone(nodes):
+def test_a_bad_frame_ends_its_connection_alone(nodes, capsys):
     first, second = pair(nodes)
-    unknown = processes.pack(5, messages(pixels())[0], 'fp32')
-    for refused, frame in enumerate((b'no frame', unknown), start=1):
+    for content in b'no frame', b'[0, "Evil", {}]', b'[5, "Spike", {}]':
         wire = second.connect(0)
-        wire.send_bytes(frame)
-        assert wait_until(lambda n=refused: first.refused == n, 5)
+        wire.send_bytes(content)
+        with pytest.raises((OSError, EOFError)):
+            wire.recv_bytes()
     assert wait_until(lambda: first.hears(1), 5)
+    assert capsys.readouterr().err.count('process 0 refuses process 1: ') == 1
 
 
-def test_silence_is_noticed_and_said_once(nodes, monkeypatch, capsys):
-    monkeypatch.setattr(processes, 'SILENCE', 1)
-    first, second = pair(nodes)
-    capsys.readouterr()
-    monkeypatch.setattr(second, 'counts', lambda: [])  # as if stopped
-    assert wait_until(lambda: not first.hears(1), 10)
-    time.sleep(2)
-    assert capsys.readouterr().err.count('process 1 is gone') == 1
-
-
-@pytest.mark.parametrize('names, words, message', [
-    (dict(WORLD_SIZE='4'), '--k=3', '4 processes need as many MACHs: --k 4'),
-    (dict(RANK='2'), '--k=2', 'need as many'),
-    (dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='0'), '--k=3', 'need --hosts'),
-    (dict(WORLD_SIZE='2'), '--hosts=10.0.0.1,10.0.0.2', 'MACH_KEY'),
+@pytest.mark.parametrize('names, hosts, message', [
+    (dict(WORLD_SIZE='4'), '', '4 processes need as many MACHs: --k 4'),
+    (dict(RANK='2'), '', 'need as many'),
+    (dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='0'), '', 'need --hosts'),
+    (dict(WORLD_SIZE='2'), '10.0.0.1,10.0.0.2', 'MACH_KEY'),
 ])
-def test_refused_in_one_line(run_here, monkeypatch, names, words, message):
+def test_an_environment_that_does_not_fit(monkeypatch, names, hosts, message):
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    test_main.check_refused(run_here, EXPERIMENT, [words], message)
-
-
-def test_nothing_listens_beyond_loopback_unless_asked(nodes):
-    node = nodes(0, adopt=False, begin=False)
-    assert {
-        host for host, _ in node._addresses  # pylint: disable=W0212
-    } == {'127.0.0.1'}
+    main = conftest.load_main(EXPERIMENT)
+    with pytest.raises(data.DataError, match=message):
+        processes.Node(main.Hyperparameters(k=3, hosts=hosts), 'greys')
 
 
 # ------------------------------------------------------------------- supervise
 
-# The function alone: nothing waits for torch to be imported.
+# The function alone: no test here waits for torch to be imported.
 SUPERVISED = 'import contextlib, ctypes, os, signal, sys, time\n'
 SUPERVISED += inspect.getsource(processes.supervise) + '''
 supervise()
@@ -322,54 +325,47 @@ print('attempt', os.environ.get('MACH_ATTEMPT'), os.getpid(), flush=True)
 '''
 
 
-def supervised(then, restarts=0, torchrun=True):
+def supervised(then, **names):
     """A process that runs `then` in the child of a supervisor."""
-    code = SUPERVISED + then
-    names = dict(RANK='3', TORCHELASTIC_MAX_RESTARTS=str(restarts))
-    if torchrun:
-        names['TORCHELASTIC_RUN_ID'] = 'none'
-    return subprocess.Popen([sys.executable, '-c', code],
+    names = dict(RANK='3', TORCHELASTIC_MAX_RESTARTS='2') | names
+    return subprocess.Popen([sys.executable, '-c', SUPERVISED + then],
                             env=os.environ | names,
                             stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
                             text=True)
 
 
-def test_a_killed_child_is_started_again_and_then_hidden():
-    process = supervised('os.kill(os.getpid(), 9)', restarts=2)
+@pytest.mark.parametrize('then, code, attempts', [
+    ('os.kill(os.getpid(), 9)', 0, '012'),
+    ('os._exit(130)', 130, '0'),
+    ('sys.exit(2)', 2, '0'),
+    ('', 0, '0'),
+])
+def test_a_killed_child_alone_is_started_again(then, code, attempts):
+    process = supervised(then, TORCHELASTIC_RUN_ID='none')
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert re.findall(r'attempt (\d)', out) == ['0', '1', '2']
-    assert len(set(re.findall(r'attempt \d (\d+)', out))) == 3
-    assert re.findall(r'signal 9; .* (\d) restarts', err) == ['2', '1', '0']
-
-
-@pytest.mark.parametrize('then, code', [('sys.exit(2)', 2), ('', 0),
-                                        ('os._exit(130)', 130)])
-def test_other_ends_are_passed_on(then, code):
-    process = supervised(then, restarts=2)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (code, '')
-    assert out.count('attempt') == 1
+    assert process.returncode == code
+    assert re.findall(r'attempt (\d)', out) == list(attempts)
+    assert len(set(re.findall(r'\d (\d+)', out))) == len(attempts)
+    killed = re.findall(r'signal 9; .* (\d) restarts', err)
+    assert killed == (['2', '1', '0'] if len(attempts) > 1 else [])
 
 
 def test_without_torchrun_nothing_is_forked():
-    process = supervised('', torchrun=False)
+    process = supervised('')
     out, _ = process.communicate(timeout=30)
     assert out == f'attempt None {process.pid}\n' and process.returncode == 0
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_signals_reach_the_child_which_ends_with_its_parent(number):
-    process = supervised('time.sleep(60)')
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130),
+                                          (signal.SIGTERM, 143),
+                                          (signal.SIGKILL, -9)])
+def test_signals_reach_the_child_which_ends_with_its_parent(number, code):
+    process = supervised('time.sleep(60)', TORCHELASTIC_RUN_ID='none')
     child = int(process.stdout.readline().split()[-1])
     process.send_signal(number)
     process.communicate(timeout=30)
-    assert process.returncode == 128 + number
-    process = supervised('time.sleep(60)')
-    child = int(process.stdout.readline().split()[-1])
-    process.kill()
-    process.communicate(timeout=30)
+    assert process.returncode == code
     assert wait_until(lambda: not os.path.exists(f'/proc/{child}'), 10)
 
 
@@ -377,98 +373,70 @@ def test_signals_reach_the_child_which_ends_with_its_parent(number):
 
 
 @contextlib.contextmanager
-def torchrun(tmp_path, *words, experiment=EXPERIMENT, count=3, restarts=0):
-    """A run in processes; all are ended at the end.
+def torchrun(path, *words, experiment=EXPERIMENT, count=3, restarts=0):
+    """A run in processes, as conftest.running gives it.
 
-    Yields:
-        The Popen; its methods said(stream); find(rank), the process that trains;
-        and end() -> (code, stdout, stderr).
+    Its find(rank) gives the processes with this rank, or with any, oldest first.
     """
-    mark = f'MACH_TEST={tmp_path} {time.time_ns()}'
-    command = [
-        sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node',
-        count, '--master-port',
-        next(PORTS), '--max-restarts', restarts,
-        conftest.ROOT / experiment / 'main.py', '--data', conftest.DATA or
-        tmp_path / 'data', *TINY, '--k', count, *words
-    ]
-    paths = {name: tmp_path / name for name in ('stdout', 'stderr')}
-    with open(paths['stdout'], 'wb') as out, open(paths['stderr'], 'wb') as err:
-        name, value = mark.split('=', 1)
-        process = subprocess.Popen(list(map(str, command)),
-                                   env={
-                                       **os.environ,
-                                       **test_main.ENVIRONMENT, name: value
-                                   },
-                                   stdin=subprocess.DEVNULL,
-                                   stdout=out,
-                                   stderr=err)
+    port = next(PORTS)
+    prefix = f'{sys.executable} -m torch.distributed.run --no-python'.split()
+    prefix += f'--nproc-per-node={count} --max-restarts={restarts}'.split()
+    prefix.append(f'--master-port={port}')
 
-    def find(rank=None):
-        """Ids of the processes with this rank, oldest first; of all those."""
+    def find(rank=''):
         found = []
-        for folder in os.listdir('/proc'):
+        for folder in filter(str.isdigit, os.listdir('/proc')):
             with contextlib.suppress(OSError):
-                path = f'/proc/{folder}/environ'
-                with open(path, encoding='utf-8', errors='replace') as file:
-                    names = file.read().split('\0')
-                if mark in names and (rank is None or f'RANK={rank}' in names):
+                with open(f'/proc/{folder}/environ', encoding='utf-8') as file:
+                    names = f'\0{file.read()}'
+                if f'\0MASTER_PORT={port}\0' in names and f'\0RANK={rank}' in names:
                     found.append(int(folder))
         return sorted(found)
 
-    process.find = find
-    process.said = lambda name: paths[name].read_text(encoding='utf-8')
-    process.end = lambda: (process.wait(90), *map(process.said, paths))
-    try:
-        yield process
-    finally:
-        for number in find():
-            with contextlib.suppress(OSError):
-                os.kill(number, signal.SIGKILL)
-        process.wait(10)
+    words = [*conftest.TINY[:3], '--log_every=5', '--k=3', *words]
+    with conftest.running(path, experiment, *words, prefix=prefix) as process:
+        process.find = find
+        try:
+            yield process
+        finally:
+            for number in find():
+                with contextlib.suppress(OSError):
+                    os.kill(number, signal.SIGKILL)
 
 
-needs_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'),
-                                reason='processes are found by /proc')
-
-
-@needs_proc
-@pytest.mark.parametrize('experiment, count', [(EXPERIMENT, 2),
-                                               ('asynchronous_sequence', 3)])
-def test_a_run_in_processes(tmp_path, experiment, count):
+def test_a_run_in_processes(tmp_path):
     folder = tmp_path / 'logs'
-    words = '--steps=200', '--k=3', f'--log_folder={folder}'
-    with torchrun(tmp_path, *words, experiment=experiment, count=count) as run:
-        code, out, err = run.end()
-        assert not run.find()
+    with torchrun(tmp_path / 'run',
+                  '--steps=200',
+                  f'--log_folder={folder}',
+                  experiment='asynchronous_sequence',
+                  count=2) as process:
+        code, out, err = process.end()
+        assert not process.find()
     assert code == 0 and 'gone' not in err
     log = metrics.parse_log(out)
     assert [f['mach'] for f in log.finals] == [0, 1, 2, 'mean']
     assert log.mean['steps'] == 200 and 80 < log.mean['real'] < 100
-    assert {f['mach'] for f in log.steps} == {0, 1, 2}
-    assert len(log.steps) == 3 * 40
-    names = [f'process{rank}.txt' for rank in range(count)]
-    assert sorted(path.name for path in folder.iterdir()) == names
-    for rank, name in enumerate(names):
-        own, here = metrics.read_log(folder /
-                                     name), {rank} if rank else {0, 1, 2}
+    assert sorted((f['mach'], f['step']) for f in log.steps) == [
+        (i, step) for i in range(3) for step in range(5, 201, 5)
+    ]
+    for rank, here in (0, {0, 1, 2}), (1, {1}):
+        own = metrics.read_log(folder / f'process{rank}.txt')
         assert {f['mach'] for f in own.steps} == here
-        assert [f['real'] for f in own.finals
-               ] == [f['real'] for f in log.finals]
+        assert own.mean['real'] == log.mean['real']
 
 
-@needs_proc
 @pytest.mark.parametrize('restarts', [0, 1])
 def test_a_process_is_killed(tmp_path, restarts):
     words = f'--checkpoint={tmp_path / "machs"}', '--checkpoint_every=5'
     words += '--steps=300', '--slow_mach=2', '--slow_factor=8'
-    with torchrun(tmp_path, *words, restarts=restarts) as run:
-        assert wait_until(lambda: 'step  100  mach 1' in run.said('stdout'))
-        os.kill(run.find(1)[-1], signal.SIGKILL)
-        code, out, err = run.end()
-        assert not run.find()
+    with torchrun(tmp_path / 'run', *words, restarts=restarts) as process:
+        assert wait_until(lambda: 'step  100  mach 1' in process.said())
+        os.kill(process.find(1)[-1], signal.SIGKILL)
+        code, out, err = process.end()
+        assert not process.find()
     assert 'process 1 was killed by signal 9' in err
-    assert 'process 0 says: process 1 is gone' in err
+    assert err.count('process 0 says: process 1 is gone') == 1
     log = metrics.parse_log(out)
     assert [f['mach'] for f in log.finals] == [0, 1, 2, 'mean']
     lost = [f['mach'] for f in log.finals if f['real'] != f['real']]
@@ -478,20 +446,15 @@ def test_a_process_is_killed(tmp_path, restarts):
         assert code == 0 and not lost and ends == [300] * 4
     else:
         assert code == 1 and lost == [1, 'mean']
-        # What was last told of it, half a second or more before the end.
         assert ends[0] == ends[2] == 300 and ends[1] < 300
 
 
-@needs_proc
-@pytest.mark.parametrize('number, who', [(signal.SIGINT, 1),
-                                         (signal.SIGTERM, None)])
-def test_a_signal_ends_all(tmp_path, number, who):
-    with torchrun(tmp_path, '--steps=1000000') as run:
-        assert wait_until(lambda: 'step  10 ' in run.said('stdout'))
-        os.kill(run.pid if who is None else run.find(who)[-1], number)
-        assert wait_until(lambda: 'mach mean' in run.said('stdout'), 5)
-        _, out, err = run.end()
-        assert not run.find()
+def test_a_signal_ends_all(tmp_path):
+    with torchrun(tmp_path / 'run', '--steps=1000000') as process:
+        assert wait_until(lambda: 'step  10 ' in process.said())
+        os.kill(process.find(1)[-1], signal.SIGINT)
+        assert wait_until(lambda: 'mach mean' in process.said(), 5)
+        _, out, err = process.end()
+        assert not process.find()
     assert metrics.parse_log(out).mean['real'] > 0
-    codes = re.findall(r'exitcode *: (\d+)', err)
-    assert who is None or set(codes) == {str(128 + number)}
+    assert set(re.findall(r'exitcode *: (\d+)', err)) == {'130'}
