@@ -1,22 +1,17 @@
 """MACHs in several processes, on one host or on many.
 
-A Node is this process, a Peer each other one. All know all addresses from the
-start: no directory and no leader can die. Each connects to each other, and again
-whenever that fails, to talk; it listens on the connections that it accepts. The
-wire is `multiprocessing.connection`: its frames and its mutual HMAC challenge,
-never its pickling, so nothing a peer sends is code. Messages go into the
-mailboxes that threads use. All else is state, told again to who connects again.
+A Node is this process, a Peer is another process. There is no leader: all know all
+addresses from the start. Each process connects to each other one and sends on that
+connection; when it breaks, the process connects again. The wire is that of
+`multiprocessing.connection`: its frames and its HMAC challenge, never its pickling.
 """
 
 import collections
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import json
-import math
 import os
-import queue
 import signal
 import socket
 import struct
@@ -27,82 +22,77 @@ from multiprocessing import connection
 
 import link
 import torch
-import trainer
-from torch.nn import utils
+from checkpoint import FREE
+from trainer import Snapshot
 
 from mach import data, metrics
 
 SILENCE = 8  # seconds without a word, after which a process counts as gone
 PERIOD = 0.5  # seconds from one sign of life to the next
-STRANGERS = 16  # connections at once that have not shown the key yet
-FAULTS = OSError, EOFError, connection.AuthenticationError
-DTYPES = dict(uint8=torch.uint8, fp16=torch.float16)
-DTYPES |= dict(bf16=torch.bfloat16, fp32=torch.float32)
-# Hyperparameters that may be another process's own.
-OWN = metrics.BOOKKEEPING + ('device', 'precision')
-LONGEST = 2**28  # bytes of a frame; of a longer one no more is read
+PATIENCE = 30  # seconds that a process waits for others before it begins
+STRANGERS = 16  # connections at once that have not proved the key
+QUEUE = 96  # messages of a Link that wait to be sent; the oldest makes room
+LINES = 10**4  # log lines that wait; the oldest makes room
 
 
 @dataclasses.dataclass(frozen=True)
-class News:
-    """What the main threads of others are to know of a MACH of this process."""
-    kind: str  # 'count', or as in main.py: 'step', 'copy', 'ended', 'failed'
-    mach: int
-    fields: dict  # of the line of a step; else of its Tally
-    begun: bool  # whether this process has begun
+class Status:
+    """What a process tells others of one of its MACHs and of itself."""
+    index: int
+    snapshot: Snapshot  # arrives as a list with state_dicts
+    lines: list  # fields of step lines, for process 0
+    begun: bool  # whether the process trains
     signal: int  # that ends the run; 0: none
-    parameters: torch.Tensor | None  # [n], of the MACH, then of its student
 
 
-KINDS = {k.__name__: k for k in (link.Spike, link.Answer, link.Grad, News)}
+KINDS = {k.__name__: k for k in (link.Spike, link.Answer, link.Grad, Status)}
 
 
-def pack(receiver, message, precision):
-    """A frame: the head's length, the head in JSON, the bytes of tensors.
+def send(wire, receiver, message):
+    """Sends a head in JSON, then the bytes of each tensor in it.
 
-    x travels as its pixels' bytes where that is exact, as it is for images, else
-    as fp16; embeddings and gradients with the `precision` asked for.
+    Networks and Tallies go as state_dicts, x as its pixels if that is exact.
     """
-    plain, layout, parts = {}, {}, []
-    for name, value in vars(message).items():
+    fields, tensors = dict(vars(message)), []
+    if 'x' in fields:
+        pixels = data.denormalise(fields['x'])
+        if torch.equal(data.normalise(pixels), fields['x']):
+            fields['x'] = pixels
+
+    def describe(value):
         if not torch.is_tensor(value):
-            plain[name] = value
-            continue
-        kind = 'fp32' if name == 'parameters' else precision
-        if name == 'x':
-            pixels = data.denormalise(value)
-            exact = torch.equal(data.normalise(pixels), value)
-            kind, value = ('uint8', pixels) if exact else ('fp16', value)
-        layout[name] = kind, *value.shape
-        value = value.detach().to('cpu', DTYPES[kind]).contiguous()
-        parts.append(value.view(torch.uint8).numpy().data)
-    head = json.dumps([receiver, type(message).__name__, plain, layout])
-    return b''.join([struct.pack('<I', len(head)), head.encode(), *parts])
+            return value.state_dict()
+        tensors.append(value.detach().cpu().flatten().view(torch.uint8))
+        return dict(dtype=str(value.dtype)[6:], shape=value.shape)
+
+    head = [receiver, type(message).__name__, fields]
+    wire.send_bytes(json.dumps(head, default=describe).encode())
+    for tensor in tensors:
+        wire.send_bytes(tensor.numpy())
 
 
-def unpack(frame, device='cpu'):
-    """(receiver, message) of a frame; ValueError if it is none."""
-    try:
-        start = 4 + int.from_bytes(frame[:4], 'little')
-        receiver, kind, fields, layout = json.loads(frame[4:start])
-        for name, (dtype, *shape) in layout.items():
-            end = start + math.prod(shape) * DTYPES[dtype].itemsize
-            part = bytearray(frame[start:end])
-            value = torch.frombuffer(part, dtype=DTYPES[dtype]).view(shape)
-            value = data.normalise(value) if dtype == 'uint8' else value.float()
-            fields[name] = value.to(device)
-            start = end
-        if start != len(frame):
-            raise ValueError(f'{len(frame)} bytes in place of {start}')
-        if 'key' in fields:
-            fields['key'] = tuple(fields['key'])
-        return receiver, KINDS[kind](**fields)
-    except Exception as error:  # whatever the bytes bring about
-        raise ValueError(f'no frame: {error!r:.100}') from None
+def receive(wire, device='cpu'):
+    """The next (receiver, message)."""
+
+    def read(found):
+        if found.keys() != {'dtype', 'shape'}:
+            return found
+        dtype = getattr(torch, found['dtype'])
+        value = torch.empty(found['shape'], dtype=dtype)
+        wire.recv_bytes_into(value.flatten().view(torch.uint8).numpy())
+        return value.to(device)
+
+    head = wire.recv_bytes()
+    receiver, kind, fields = json.loads(head, object_hook=read)
+    if kind != 'Status':
+        fields['key'] = tuple(fields['key'])
+        if 'x' in fields and fields['x'].dtype == torch.uint8:
+            fields['x'] = data.normalise(fields['x'])
+    return receiver, KINDS[kind](**fields)
 
 
 def wire_of(sock):
-    """A Connection that raises OSError where the other end is silent or stuck."""
+    """A Connection; OSError if the other end is silent or reads nothing."""
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     limit = struct.pack('ll', SILENCE, 0)
@@ -111,24 +101,18 @@ def wire_of(sock):
     return connection.Connection(sock.detach())
 
 
-def parameters_of(networks):
-    """All their parameters, in order; of None none."""
-    return [p for network in networks if network for p in network.parameters()]
-
-
 def supervise():
-    """Returns in a child; the parent waits for it and hides a violent death.
+    """Returns in a child. The parent waits, and forks again if it is killed.
 
-    torchrun ends all processes as soon as one fails. So the MACHs live in a
-    child of the one it watches: where the child is killed, torchrun sees nothing
-    but a process that ends well, and up to `--max-restarts` times the child is
-    forked again, with all that is imported: that takes longest. To be called
-    while there is one thread. Does nothing without torchrun.
+    torchrun ends all processes as soon as one fails. So it watches the parent,
+    and the MACHs live in the child. A killed child is replaced up to
+    `--max-restarts` times, without importing again; then the parent ends well.
+    Call this while there is one thread. Without torchrun it does nothing.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return
     if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
-        os._exit(1)  # one has ended with a failure: no reason to start all anew
+        os._exit(1)  # a process failed: torchrun is not to start all anew
     restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
     numbers = signal.SIGINT, signal.SIGTERM
     for attempt in range(restarts + 1):
@@ -148,7 +132,7 @@ def supervise():
             os.environ['MACH_ATTEMPT'] = str(attempt)
             return
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if -status in numbers:  # before it could handle them
+        if -status in numbers:  # before the child could handle it
             status = 128 - status
         if status >= 0:
             os._exit(status)
@@ -161,168 +145,157 @@ def supervise():
 
 
 class Link:
-    """The way to a MACH of another process, as link.Link is to one of this."""
+    """The way to a MACH of another process, as link.Link is within one."""
 
-    def __init__(self, peer, receiver, limit):
+    def __init__(self, peer, receiver):
         self._peer, self.receiver = peer, receiver
-        self.lost = self.dropped = 0  # unconnected; overtaken by newer ones
-        peer.limit += limit
+        self.lost = self.dropped = 0  # messages, counted by the sender
+        peer.mail.limit += QUEUE
 
     def send(self, message):
-        """See link.Link: never waits."""
-        self._peer.send(self, message)
+        """Takes the message and returns at once."""
+        mail, before = self._peer.mail, self._peer.mail.dropped
+        if self._peer.connected:
+            mail.put((self, message))
+            self.dropped += mail.dropped - before
+        else:
+            self.lost += 1
 
 
 class Peer(threading.Thread):
-    """Another process; the thread carries there what is to be sent.
+    """Another process; the thread sends what that process is to know.
 
     Attributes:
         wire: the connection on which it is heard; None: it is gone.
-        begun, ended: whether it has, as far as is known.
-        limit: messages that wait to be sent at most.
+        connected: whether this process can send to it.
+        begun, ended: whether it trains; whether a MACH of it has ended.
+        told: index -> own Snapshot sent last on this connection.
+        lines: fields of step lines to send; mail: (Link, message) to send.
     """
 
     def __init__(self, node, rank):
-        super().__init__(name=f'to process {rank}', daemon=True)
-        self.rank, self.wire, self.limit = rank, None, 0
-        self.begun = self.ended = False
-        self.seen = {}  # of the state of this process, what has been sent
-        self.lines = collections.deque(maxlen=10**4)  # frames, of the log
-        self._node, self._wake = node, threading.Condition()
-        self.connected = False
-        self._mail = collections.deque()  # (Link, message)
-
-    def send(self, way, message):
-        """Unconnected it is lost; where too many wait the oldest is dropped."""
-        with self._wake:
-            if not self.connected:
-                way.lost += 1
-                return
-            if len(self._mail) >= self.limit:
-                self._mail.popleft()[0].dropped += 1
-            self._mail.append((way, message))
-            self._wake.notify()
+        super().__init__(daemon=True)
+        self._node, self.rank, self.wire = node, rank, None
+        self.connected = self.begun = self.ended = False
+        self.told, self.lines = {}, collections.deque(maxlen=LINES)
+        self.mail = link.Mailbox(0)
 
     def run(self):
-        """Connects, carries, and when that fails connects again."""
+        """Connects and sends, again and again."""
         while True:
-            try:
+            mail = []
+            with contextlib.suppress(OSError, EOFError,
+                                     connection.AuthenticationError):
                 with self._node.connect(self.rank) as wire:
-                    self.connected = True
-                    self._carry(wire)
-            except FAULTS:
-                pass
-            with self._wake:
-                self.connected = False
-                while self._mail:
-                    self._mail.popleft()[0].lost += 1
+                    self.told, self.connected, due = {}, True, 0
+                    while True:
+                        now = time.monotonic()
+                        self._tell(wire, now >= due)
+                        due = now + PERIOD if now >= due else due
+                        mail = self.mail.collect(PERIOD / 10)
+                        for way, message in mail:
+                            send(wire, way.receiver, message)
+            self.connected = False
+            for way, _ in mail + self.mail.collect():
+                way.lost += 1
             time.sleep(0.2)
 
-    def _carry(self, wire):
-        self.seen, last = {}, -math.inf
-        while True:
-            if time.monotonic() - last >= PERIOD:
-                last = time.monotonic()
-                for frame in self._node.counts():
-                    wire.send_bytes(frame)
-            for mach, frame in list(self._node.state.items()):
-                if self.seen.get(mach) is not frame:
-                    wire.send_bytes(frame)
-                    self.seen[mach] = frame
-            while self.lines:
-                wire.send_bytes(self.lines[0])
+    def _tell(self, wire, due):
+        """Sends new Snapshots and lines; counts, if a sign of life is due."""
+        node = self._node
+        for one in node.own:
+            i, lines = one.index, list(self.lines)
+            newest = snapshot = node.newest[i]
+            if self.told.get(i) is newest:
+                snapshot = one.snapshot(networks=False)[i]
+            if due or lines or snapshot is newest:
+                send(wire, -1,
+                     Status(i, snapshot, lines, node.begun, node.signal))
+            self.told[i] = newest
+            for _ in lines:
                 self.lines.popleft()
-            with self._wake:
-                if not self._mail:
-                    self._wake.wait(PERIOD / 10)
-                way, message = self._mail.popleft() if self._mail else (None, 0)
-            if way:
-                wire.send_bytes(self._node.pack(way.receiver, message))
 
 
 class Node:
-    """This process: MACH i lives in process i mod WORLD_SIZE.
+    """This process. MACH i lives in process i mod WORLD_SIZE.
 
-    It reads what torchrun sets, and MACH_KEY. Without these it is the only one.
+    It reads what torchrun sets, and MACH_KEY. Without these it is the only process.
 
     Args:
-        settings: the hyperparameters of main.py, the same for all.
-        dataset: name of the data, the same for all.
+        settings: the hyperparameters of main.py.
+        dataset: its name. A process with another one is refused, as is one with
+            other hyperparameters, except those of checkpoint.FREE.
     Raises:
-        data.DataError: the variables and hyperparameters do not go together.
+        data.DataError: the environment does not fit the hyperparameters.
 
     Attributes:
-        rank: its number; 0 prints the log.
-        restarted: it goes on where one that was killed has stopped.
-        events: queue of (kind, content) as in `work` of main.py, of all MACHs.
-        heard: MACH elsewhere -> Copy with its last counts, without networks.
-        signal: the number of the one that ends the run; 0: none has come.
-        state: own MACH -> the frame of its last News but counts.
-        refused: connections that did not show the key, or sent no frame.
+        rank: its number; process 0 prints the log.
+        restarted: whether it replaces a process that was killed.
+        begun: whether it trains.
+        signal: number of the signal that ends the run; 0: none.
+        own: the Trainers of its MACHs; newest: index -> Snapshot of each.
     """
 
     def __init__(self, settings, dataset):
         get, self._settings = os.environ.get, settings
-        self.rank, self._size = int(get('RANK', 0)), int(get('WORLD_SIZE', 1))
+        self.rank, size = int(get('RANK', 0)), int(get('WORLD_SIZE', 1))
         self.restarted = int(get('MACH_ATTEMPT', 0)) > 0
-        hosts, secret = settings.hosts.split(','), get('MACH_KEY', '')
-        if not 0 <= self.rank < self._size <= settings.k:
-            raise data.DataError(f'{self._size} processes need as many MACHs: '
-                                 f'--k {self._size}')
-        if not settings.hosts and int(get('LOCAL_RANK',
-                                          self.rank)) != self.rank:
+        local, hosts = int(get('LOCAL_RANK',
+                               self.rank)), settings.hosts.split(',')
+        self._key = get('MACH_KEY', '').encode()
+        if not 0 <= self.rank < size <= settings.k:
+            raise data.DataError(f'{size} processes need as many MACHs: '
+                                 f'--k {size}')
+        if not settings.hosts and self.rank != local:
             raise data.DataError('processes on several hosts need --hosts')
-        if settings.hosts and not secret:
+        if settings.hosts and not self._key:
             raise data.DataError('--hosts needs a secret that all processes '
                                  'have in their environment: MACH_KEY')
-        port = int(get('MASTER_PORT', 29500)) + 1  # that one is torchrun's
-        self._addresses = [(hosts[r * len(hosts) // self._size] or
-                            '127.0.0.1', port + r) for r in range(self._size)]
-        # Who has other hyperparameters has another key.
-        same = dataclasses.asdict(settings) | dict.fromkeys(OWN)
-        self._key = repr((secret, same, settings.seed, dataset)).encode()
-        self._begun, self.signal, self.refused = False, 0, 0
-        self.events = queue.Queue(4 * settings.k)  # bounded, as memory is
-        self._own, self.state, self.heard = [], {}, {}
-        self._networks, self._ways = {}, {}  # of MACHs elsewhere; from them
+        port = int(get('MASTER_PORT', 29500)) + 1  # torchrun has that port
+        self._addresses = [(hosts[r * len(hosts) // size] or
+                            '127.0.0.1', port + r) for r in range(size)]
+        self._same = dict(vars(settings), dataset=dataset, processes=size)
+        for name in FREE:
+            self._same.pop(name, None)
+        self.begun, self.signal, self.own, self.newest = False, 0, [], {}
+        self._elsewhere, self._ways = {}, {}  # Trainers; Links from there
+        self._snapshots, self._lines = {}, collections.deque(maxlen=LINES)
+        self._refused, self._size = set(), size
         self._strangers = threading.Semaphore(STRANGERS)
-        self._peers = {
-            rank: Peer(self, rank)
-            for rank in range(self._size)
-            if rank != self.rank
-        }
+        self._peers = {r: Peer(self, r) for r in range(size) if r != self.rank}
 
     # ----------------------------------------------------- for the main thread
 
     def adopt(self, trainers):
-        """Returns those of MACHs that live here; they get links to others."""
-        self._own = trainers[self.rank::self._size]
-        limit = 3 * self._settings.recent  # as many as the receiver would keep
-        for one in trainers:
-            if one in self._own:
-                continue
-            self._networks[one.index] = one.mach, one.student
-            for here in self._own:
-                if here.index in one.links:
-                    # It ends here and delays or loses what comes, if asked to.
-                    self._ways[one.index, here.index] = one.links[here.index]
-                    peer = self._peers[one.index % self._size]
-                    here.links[one.index] = Link(peer, one.index, limit)
-        return self._own
+        """Returns the Trainers that live here, with Links to MACHs elsewhere."""
+        self.own = trainers[self.rank::self._size]
+        for here in self.own:
+            self.newest |= here.snapshot(networks=False)
+        self._elsewhere = {
+            one.index: one for one in trainers if one.index not in self.newest
+        }
+        for i, one in self._elsewhere.items():
+            for here in self.own:
+                if here.index in one.exchange.links:  # with latency and loss
+                    way = one.exchange.links.pop(here.index)
+                    self._ways[i, here.index] = way
+                    peer = self._peers[i % self._size]
+                    here.exchange.links[i] = Link(peer, i)
+        return self.own
 
     def open(self):
-        """Listens and talks from now on.
+        """Listens and connects from now on.
 
         Returns:
-            The places where the log goes: files; None is stdout.
+            The files that the log goes to; None is stdout.
         Raises:
             OSError: the address or the folder cannot be used.
         """
-        outputs = [] if self.rank else [None]
-        if self._settings.log_folder:
-            os.makedirs(self._settings.log_folder, exist_ok=True)
+        outputs, folder = [] if self.rank else [None], self._settings.log_folder
+        if folder:
+            os.makedirs(folder, exist_ok=True)
             outputs.append(
-                open(f'{self._settings.log_folder}/process{self.rank}.txt',
+                open(f'{folder}/process{self.rank}.txt',
                      'a' if self.restarted else 'w',
                      encoding='utf-8'))
         if self._peers:
@@ -335,115 +308,106 @@ class Node:
         return outputs
 
     def begin(self):
-        """Waits for all others, up to `patience`; who comes late begins alone."""
-        end = time.monotonic() + self._settings.patience
-        gone = list(self._peers.values())
+        """Waits for the others up to PATIENCE; a second once one has begun."""
+        gone, end = [0], time.monotonic() + PATIENCE
         while gone and time.monotonic() < end and not self.signal:
             time.sleep(0.02)
-            gone = [p for p in gone if not (p.wire and p.connected)]
+            gone = [
+                rank for rank, peer in self._peers.items()
+                if not (peer.wire and peer.connected)
+            ]
             if any(peer.begun for peer in self._peers.values()):
                 end = min(end, time.monotonic() + 1)
         if gone and not self.signal:
-            self._say(f'begins without process {[peer.rank for peer in gone]}')
-        self._begun = True
+            self._say(f'begins without process {gone}')
+        self.begun = True
 
-    def put(self, event):
-        """Takes an event of a MACH that lives here, for all main threads."""
-        kind, content = event
-        if kind == 'step':
-            for fields in content if self.rank else ():
-                news = self._news(kind, fields['mach'], fields)
-                self._peers[0].lines.append(self.pack(-1, news))
-        else:
-            copies = content[0] if kind == 'failed' else content
-            for i, (tally, *networks) in copies.items():
-                news = self._news(kind, i, vars(tally), networks)
-                self.state[i] = pack(-1, news, 'fp32')
-        self.events.put(event)
+    def tell(self, lines, snapshots):
+        """Takes what own MACHs report, for the other processes."""
+        self.newest |= snapshots
+        if self.rank:
+            self._peers[0].lines.extend(lines)
 
-    def hears(self, mach):
+    def news(self):
+        """(lines, newest Snapshots) of other processes since the last call."""
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        count = len(self._snapshots)
+        return lines, dict(self._snapshots.popitem() for _ in range(count))
+
+    def hears(self, index):
         """Whether the process of a MACH is there."""
-        rank = mach % self._size
+        rank = index % self._size
         return rank == self.rank or self._peers[rank].wire is not None
 
+    def tally(self, index):
+        """The newest counts of a MACH elsewhere."""
+        return self._elsewhere[index].tally
+
     def interrupt(self, number, _):
-        """Handles a signal: the run is to end, in all processes."""
+        """Handles a signal: it ends the run, in all processes."""
         self.signal = self.signal or int(number)
 
     def leave(self):
-        """Waits until all is told and process 0 has written its log."""
+        """Waits until the others know all and process 0 has ended."""
         end = time.monotonic() + SILENCE
         while time.monotonic() < end and any(
                 peer.wire and
-            (rank == 0 or peer.lines or peer.seen != self.state)
+            (rank == 0 or peer.lines or peer.told != self.newest)
                 for rank, peer in self._peers.items()):
             time.sleep(0.02)
-        if self.refused:
-            self._say(f'has refused {self.refused} connections')
 
     # --------------------------------------------------------- for its threads
 
     def connect(self, rank):
-        """A Connection to another process, on which this one talks."""
-        sock = socket.create_connection(self._addresses[rank], SILENCE)
-        wire = wire_of(sock)
+        """A connection on which another process hears this one."""
+        address = self._addresses[rank]
+        wire = wire_of(socket.create_connection(address, SILENCE))
         connection.answer_challenge(wire, self._key)
         connection.deliver_challenge(wire, self._key)
+        wire.send_bytes(json.dumps([self.rank, self._same]).encode())
+        wire.recv_bytes()  # EOFError if that process refuses
         return wire
-
-    def pack(self, receiver, message):
-        """The frame of a message to another process."""
-        return pack(receiver, message, self._settings.wire_precision)
-
-    def counts(self):
-        """A frame for each MACH that lives here: also the sign of life."""
-        for one in self._own:
-            tally = one.copy(networks=False)[one.index].tally
-            yield self.pack(-1, self._news('count', one.index, vars(tally)))
-
-    def _news(self, kind, mach, fields, networks=()):
-        parts = [p.detach().flatten() for p in parameters_of(networks)]
-        return News(kind, mach, fields, self._begun, self.signal,
-                    torch.cat(parts) if parts else None)
 
     def _accept(self, server):
         while True:
-            try:
-                sock, _ = server.accept()
-            except OSError:  # too many open files: others may be closed soon
-                time.sleep(0.1)
-                continue
-            if self._strangers.acquire(blocking=False):
-                threading.Thread(target=self._hear, args=(sock,),
-                                 daemon=True).start()
-            else:
-                sock.close()
-                self._refuse('too many at once')
+            time.sleep(0.001)  # no busy loop if too many files are open
+            with contextlib.suppress(OSError):
+                wire = wire_of(server.accept()[0])
+                if self._strangers.acquire(blocking=False):
+                    threading.Thread(target=self._hear,
+                                     args=(wire,),
+                                     daemon=True).start()
+                else:
+                    wire.close()
 
-    def _hear(self, sock):
-        peer, wire = None, wire_of(sock)
+    def _hear(self, wire):
+        peer, who = None, 'a connection'
         try:
             try:
                 connection.deliver_challenge(wire, self._key)
                 connection.answer_challenge(wire, self._key)
             finally:
                 self._strangers.release()
+            rank, there = json.loads(wire.recv_bytes())
+            who = f'process {rank}'
+            for name, here in self._same.items():
+                if there.get(name) != here:
+                    raise ValueError(
+                        f'{name} is {there.get(name)} there, {here} here')
+            peer = self._peers[rank]
+            wire.send_bytes(b'agreed')
             while True:
-                frame = wire.recv_bytes(LONGEST)
-                receiver, message = unpack(frame, self._settings.device)
-                sender = message.mach if receiver < 0 else message.sender
-                peer = self._peers[sender % self._size]
-                self._deliver(peer, receiver, message)
                 if peer.wire is not wire:
                     peer.wire = wire
-                    if self._begun:
+                    if self.begun:
                         self._announce(peer, 'is here')
-        except FAULTS as error:
-            if not peer:  # has another key, or other hyperparameters
-                self._refuse(repr(error))
-        except (ValueError, TypeError, LookupError, AttributeError,
-                RuntimeError) as error:
-            self._refuse(repr(error))
+                self._take(peer, *receive(wire, self._settings.device))
+        except Exception as error:  # pylint: disable=broad-except
+            lost = peer and isinstance(error, (OSError, EOFError))
+            if not lost and who not in self._refused:
+                self._refused.add(who)
+                why = error if isinstance(error, ValueError) else repr(error)
+                self._say(f'refuses {who}: {why}')
         finally:
             wire.close()
             if peer and peer.wire is wire:
@@ -451,35 +415,26 @@ class Node:
                 if not peer.ended:
                     self._announce(peer, 'is gone')
 
-    def _deliver(self, peer, receiver, message):
-        if receiver >= 0:
+    def _take(self, peer, receiver, message):
+        if not isinstance(message, Status):
             self._ways[message.sender, receiver].send(message)
             return
-        kind, i = message.kind, message.mach
         self.signal = self.signal or message.signal
-        peer.begun = message.begun
-        peer.ended |= kind in ('ended', 'failed')
-        content = [message.fields]
-        if kind != 'step':
-            tally, networks = metrics.Tally(i), (None, None)
-            vars(tally).update(message.fields)
-            if message.parameters is not None:
-                networks = copy.deepcopy(self._networks[i])
-                utils.vector_to_parameters(message.parameters,
-                                           parameters_of(networks))
-            self.heard[i] = trainer.Copy(tally)
-            content = {i: trainer.Copy(tally, *networks)}
-        if kind != 'count':
-            self.events.put(
-                (kind, (content, '') if kind == 'failed' else content))
-
-    def _refuse(self, why):
-        self.refused += 1
-        if self.refused == 1:
-            self._say(f'refuses a connection ({why}); others are only counted')
+        counts, network, student, ended, failed = message.snapshot
+        peer.begun, peer.ended = message.begun, peer.ended or ended
+        self._lines.extend(message.lines)
+        one = self._elsewhere[message.index]
+        one.tally.load_state_dict(counts)
+        for part, state in (one.network, network), (one.student, student):
+            if state:
+                part.load_state_dict(state)
+        if network or ended:
+            self._snapshots |= one.snapshot(bool(network),
+                                            ended=ended,
+                                            failed=failed)
 
     def _announce(self, peer, what):
-        lower = [self._peers[rank] for rank in range(self.rank)]
+        lower = [p for r, p in self._peers.items() if r < self.rank]
         if not any(one.wire for one in lower if one is not peer):
             self._say(f'says: process {peer.rank} {what}')
 
