@@ -1,9 +1,9 @@
 """MACHs in several processes, on one host or on many.
 
-A Node is this process, a Peer is another process. There is no leader: all know all
-addresses from the start. Each process connects to each other one and sends on that
-connection; when it breaks, the process connects again. The wire is that of
-`multiprocessing.connection`: its frames and its HMAC challenge, never its pickling.
+A Node is this process, a Peer is another process. There is no leader: all know
+all addresses from the start. Each process connects to each other one and sends
+on that connection. When it breaks, the process connects again. The wire is
+`multiprocessing.connection`: its frames and HMAC challenge, not its pickling.
 """
 
 import collections
@@ -207,10 +207,10 @@ class Peer(threading.Thread):
             i, lines = one.index, list(self.lines)
             newest = snapshot = node.newest[i]
             if self.told.get(i) is newest:
+                if not due and not lines:
+                    continue
                 snapshot = one.snapshot(networks=False)[i]
-            if due or lines or snapshot is newest:
-                send(wire, -1,
-                     Status(i, snapshot, lines, node.begun, node.signal))
+            send(wire, -1, Status(i, snapshot, lines, node.begun, node.signal))
             self.told[i] = newest
             for _ in lines:
                 self.lines.popleft()
@@ -219,7 +219,7 @@ class Peer(threading.Thread):
 class Node:
     """This process. MACH i lives in process i mod WORLD_SIZE.
 
-    It reads what torchrun sets, and MACH_KEY. Without these it is the only process.
+    It reads what torchrun sets, and MACH_KEY. Without these there is no other.
 
     Args:
         settings: the hyperparameters of main.py.
@@ -240,9 +240,9 @@ class Node:
         get, self._settings = os.environ.get, settings
         self.rank, size = int(get('RANK', 0)), int(get('WORLD_SIZE', 1))
         self.restarted = int(get('MACH_ATTEMPT', 0)) > 0
-        local, hosts = int(get('LOCAL_RANK',
-                               self.rank)), settings.hosts.split(',')
-        self._key = get('MACH_KEY', '').encode()
+        local = int(get('LOCAL_RANK', self.rank))
+        hosts, self._key = settings.hosts.split(','), get('MACH_KEY',
+                                                          '').encode()
         if not 0 <= self.rank < size <= settings.k:
             raise data.DataError(f'{size} processes need as many MACHs: '
                                  f'--k {size}')
@@ -267,7 +267,7 @@ class Node:
     # ----------------------------------------------------- for the main thread
 
     def adopt(self, trainers):
-        """Returns the Trainers that live here, with Links to MACHs elsewhere."""
+        """Returns the Trainers of this process, with Links to all others."""
         self.own = trainers[self.rank::self._size]
         for here in self.own:
             self.newest |= here.snapshot(networks=False)

@@ -26,7 +26,7 @@ from mach import data, metrics
 # pylint: disable=protected-access
 EXPERIMENT = 'asynchronous_kgraph'
 KGRAPH = conftest.load(EXPERIMENT)
-link, processes, Snapshot = KGRAPH.link, KGRAPH.processes, KGRAPH.trainer.Snapshot
+link, processes = KGRAPH.link, KGRAPH.processes
 wait_until = conftest.wait_until
 PORTS = itertools.count(21000 + os.getpid() % 10000, 20)
 
@@ -120,7 +120,7 @@ def test_a_state_dict_arrives_as_it_is():
     network(torch.randn(8, 4))
     tally = metrics.Tally(3)
     tally.dropped = 5
-    snapshot = Snapshot(tally, network, ended=True)
+    snapshot = KGRAPH.trainer.Snapshot(tally, network, ended=True)
     arrived, _ = carried(processes.Status(3, snapshot, [], True, 0))
     counts, state, *rest = arrived.snapshot
     assert counts == tally.state_dict() and rest == [None, True, False]
@@ -376,7 +376,7 @@ def test_signals_reach_the_child_which_ends_with_its_parent(number, code):
 def torchrun(path, *words, experiment=EXPERIMENT, count=3, restarts=0):
     """A run in processes, as conftest.running gives it.
 
-    Its find(rank) gives the processes with this rank, or with any, oldest first.
+    Its find(rank) gives the processes of this rank, or of any, oldest first.
     """
     port = next(PORTS)
     prefix = f'{sys.executable} -m torch.distributed.run --no-python'.split()
@@ -389,7 +389,8 @@ def torchrun(path, *words, experiment=EXPERIMENT, count=3, restarts=0):
             with contextlib.suppress(OSError):
                 with open(f'/proc/{folder}/environ', encoding='utf-8') as file:
                     names = f'\0{file.read()}'
-                if f'\0MASTER_PORT={port}\0' in names and f'\0RANK={rank}' in names:
+                wanted = f'\0MASTER_PORT={port}\0', f'\0RANK={rank}'
+                if all(name in names for name in wanted):
                     found.append(int(folder))
         return sorted(found)
 
