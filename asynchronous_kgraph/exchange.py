@@ -19,17 +19,17 @@ import time
 import torch
 from link import Answer, Grad, Mailbox, Spike, is_finite
 
-KEPT = 32  # messages of one kind, sender and depth; the oldest one makes room
-PENDING = 1024  # questions; the oldest one makes room
-LESSON = 10  # deadlines that an answer may take if only the student wants it
+KEPT = 32  # most messages of a kind, sender and depth; then the oldest goes
+PENDING = 1024  # most open questions; then the oldest is discarded
+LESSON = 10  # deadlines per edge for a question that only the student needs
 
 
 @dataclasses.dataclass
 class Block:
-    """Rows that go through a forward together: one x and what is due on it."""
+    """One x [B, 784] of a forward, with the messages about it."""
     x: torch.Tensor  # [B, 784]
     key: tuple | None = None  # of the Spikes about x; None: children not asked
-    expires: float = math.inf  # clock seconds; it ignores later answers
+    expires: float = math.inf  # clock seconds; later answers are ignored
     spike: Spike | None = None  # to be answered
     grad: Grad | None = None  # to be applied
     answers: dict = dataclasses.field(default_factory=dict)  # child -> Answer
@@ -51,9 +51,9 @@ class Exchange:
         self.dropped = 0  # messages that were never used
         self.versions = dict.fromkeys(children, -1)  # last heard; -1: never
         self._quiet_until = -math.inf  # see `child_learns`
-        # Key of the awaited message -> Block, oldest first. That is the Block's
-        # own key while it awaits answers. A locked MACH then keeps an answered
-        # relay for its Grad: exact gradients need the same inputs.
+        # Key of the awaited messages -> Block, oldest first. A Block that
+        # awaits Answers is under its own key. A locked MACH also keeps each
+        # answered relay, under the key of its Grad, to reuse the same inputs.
         self.pending = {}
         # (kind, sender, depth) -> [message, its Block, number of its last use],
         # oldest first. Only an Answer has a Block. An unused entry has number
@@ -61,8 +61,8 @@ class Exchange:
         self._arrived = collections.defaultdict(
             lambda: collections.deque(maxlen=KEPT))
         self._uses = itertools.count(1)
-        # A resumed MACH may get messages to its earlier process. So its keys
-        # begin at the clock.
+        # A resumed MACH may get answers to Spikes from before. Keys that start
+        # at the clock are new, so it ignores those answers.
         self._numbers = itertools.count(time.time_ns())
 
     def ask(self, x, depth, spike=None, waits=False):
@@ -109,7 +109,7 @@ class Exchange:
     def take(self, learning=True):
         """Chooses the messages of one forward.
 
-        A locked MACH takes all messages, because its gradients are exact.
+        A locked MACH takes all messages, so that its gradients are exact.
 
         Args:
             learning: if False, Spikes alone are taken, and all of them.
@@ -179,8 +179,8 @@ class Exchange:
             block: the rows that the gradient is about.
             depth: edges that it may travel.
         """
-        # Without Spikes about x the key is new. In a cycle, a child may get two
-        # Grads that came here with the same key.
+        # Without Spikes about x the key is new. Grads that arrived with one key
+        # may go on to one child, so the old key would not be unique.
         key = block.key or (self.index, next(self._numbers))
         for position, child in enumerate(self.children if depth > 0 else ()):
             answer, version = block.answers.get(child), self.versions[child]
@@ -191,10 +191,10 @@ class Exchange:
                          version, depth - 1))
 
     def child_learns(self):
-        """Whether a finished MACH is to send Grads once more: a child learns.
+        """Whether a finished MACH sends Grads now: a child still learns.
 
-        Such a child has answered since the last time. Or none has for
-        `deadline` seconds: messages may be lost.
+        It sends them once for each Answer of such a child. After `deadline`
+        seconds without one it sends again: messages may be lost.
         """
         now = self.mailbox.clock()
         if now < self._quiet_until or all(

@@ -1,9 +1,9 @@
 """k MACHs, all neighbours of all others, each on its own thread and data.
 
-The flagship: synthetic inputs and delayed gradients throughout. A MACH sees the
-labels of its own fifth of MNIST only; what it knows of the rest it has from the
-Grads of the others. Differs from asynchronous_sequence: the children of a MACH
-are all others, so Spikes and Grads go round in cycles, cut off by `depth`.
+The main experiment: synthetic inputs and delayed gradients throughout. A MACH
+sees only the labels of its own fifth of MNIST. It learns about the rest from
+its neighbours' messages. Differs from asynchronous_sequence: the children of a
+MACH are all others, so Spikes and Grads travel in cycles, until `depth` is 0.
 
     python asynchronous_kgraph/main.py
     torchrun --nproc-per-node 5 asynchronous_kgraph/main.py
@@ -140,7 +140,7 @@ def read(field, value):
 
 # Copied from synchronous_single/main.py
 def read_hyperparameters(words):
-    """The defaults above with what `words` override: ['--k', '3', '--depth=0'].
+    """The defaults above, overridden by `words`: ['--k', '3', '--depth=0'].
 
     Bad input ends the run with one line and exit status 2.
     """
@@ -175,8 +175,8 @@ def read_hyperparameters(words):
 def children_of(settings):
     """For each MACH the list of its children: all others, or `neighbours`.
 
-    Fewer children are the MACHs at some distances round a ring. The seed draws
-    these distances, the same for all, so every MACH has as many parents.
+    With `neighbours`, they are the MACHs at some distances on a ring. The seed
+    draws these distances for all. So a MACH has as many parents as children.
     """
     k, count = settings.k, settings.neighbours or settings.k - 1
     distances = random.Random(settings.seed).sample(range(1, k), count)
@@ -250,7 +250,7 @@ class Turns:
             if self._free >= 0:
                 return
             self._waiting.append(turn)
-        turn.wait(10)  # seconds; the steps before it may last longer
+        turn.wait(10)  # seconds at most; then it goes on without a turn
 
     def __exit__(self, *_):
         with self._lock:
@@ -270,7 +270,7 @@ def work(trainer, settings, events, halt):
     of Snapshots. They are made here: no other thread touches a MACH.
     """
     turns = TURNS
-    if settings.inputs == 'real':  # a MACH that waits for answers needs no turn
+    if settings.inputs == 'real':  # it would keep its turn while it waits
         turns = contextlib.nullcontext()
     every = settings.evaluate_every or settings.steps
     trainer.tally.begin()
@@ -315,7 +315,7 @@ def train(trainers, settings, dataset, node):
         node: this process; after a signal each thread ends after its step.
     Returns:
         index -> the last Snapshot of each MACH. It has no networks if the MACH
-        failed, is gone, or was interrupted before there were any.
+        failed, is gone, or was interrupted before its first Snapshot with them.
     """
     # Bounded: if evaluations fall far behind, training waits for them.
     events, halt = queue.Queue(4 * len(trainers)), threading.Event()
@@ -381,11 +381,11 @@ def say_eval(step, snapshots, settings, dataset):
 # Copied from synchronous_sequence/main.py
 @torch.inference_mode()
 def evaluate(snapshots, settings, images, labels):
-    """Accuracies of all MACHs, in percent; NaN for one without networks.
+    """Accuracies of all MACHs, in percent; NaN for a MACH without networks.
 
-    `synthetic`: the MACH answers alone, on its student's inputs. `real`: its
-    children answer, and theirs, to the experiment's depth. A child without
-    networks is replaced by its synthetic input.
+    `synthetic`: the inputs of the MACH are its student's output. `real`: they
+    are its children's answers, with real inputs of their own up to `depth`. A
+    child without networks is replaced by its synthetic input.
 
     Args:
         snapshots: index -> Snapshot.

@@ -1,8 +1,8 @@
 """The delayed-gradient trainer of one MACH; methods run on that MACH's thread.
 
 A step trains the MACH on a batch of its own. In the same forward it answers
-Spikes, and in the same backward it applies Grads, with the parameters it has by
-then. The number of steps that a Grad comes late is counted: its staleness.
+Spikes, and in the same backward it applies Grads, with its current parameters.
+The staleness of a Grad is the number of steps by which it is late.
 
 Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 neither many Grads nor large ones outweigh the own data, on any schedule.
@@ -28,9 +28,9 @@ from mach import metrics
 
 # Copied from synchronous_single/trainer.py
 class Snapshot(typing.NamedTuple):
-    """What a MACH hands over of itself; it never changes afterwards."""
+    """Copies of a MACH's counts and networks; they never change afterwards."""
     tally: metrics.Tally
-    network: torch.nn.Module | None = None  # None: it failed, or has not begun
+    network: torch.nn.Module | None = None  # None: failed, gone or not begun
     student: torch.nn.Module | None = None  # None: it has no children
     ended: bool = False  # its thread has ended
     failed: bool = False  # with an error
@@ -142,12 +142,12 @@ class Trainer:
     def _embed(self, blocks, own):
         """One forward of all Blocks; the first `own` rows have dropout.
 
-        Rows of other MACHs have none: students would chase its noise (25%
-        relative error in place of 2.6%).
+        Rows of other MACHs have none, because students cannot mimic its noise
+        (their relative error is 25% with it, 2.6% without).
 
         Returns:
-            inputs [R, C, E], a leaf (None without children): its gradient goes
-            to the children as Grads, none reaches the student. d(x) [R, E].
+            inputs [R, C, E], None without children; d(x) [R, E]. The inputs are
+            a leaf: their gradient becomes Grads and never reaches the student.
         """
         x, inputs = torch.cat([block.x for block in blocks]), None  # [R, 784]
         h = self.network.local_part(x)  # [R, E]
@@ -166,7 +166,7 @@ class Trainer:
                 part[:, self.exchange.children.index(child)] = answer.value
 
     def _collect(self, served, answers):
-        """The gradient [R, E] that Grads bring about answers; 0 for a Spike."""
+        """Grads about answers [R - B, E], in that shape; 0 without a Grad."""
         parts = []
         for block in served:
             grad = block.grad
@@ -195,7 +195,7 @@ class Trainer:
         """Backpropagates the synthetic loss about answers that have come."""
         with self._autocast:
             synthetic = self.student(torch.cat([block.x for block in lessons]))
-            real = synthetic.detach().clone()  # [B, C, E]; no answer, no loss
+            real = synthetic.detach().clone()  # [B, C, E]; loss 0 if no answer
             self._fill_in(real, lessons)
             loss = students.synthetic_loss(synthetic, real)
         check_finite(loss, 'synthetic loss')
@@ -270,11 +270,11 @@ def drop(h, own, settings, *seeds):
 
 # Copied from synchronous_single/trainer.py
 def make_optimiser(networks, students_of, settings):
-    """AdamW with a group of networks and one of students; its learning rates.
+    """AdamW for networks and students, and its learning-rate schedule.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
-    one cycle of rates ends at exactly 0, which changes no parameter. AdamW
-    skips a network without gradients.
+    learning rate ends at exactly 0; a step with rate 0 changes no parameter.
+    AdamW skips a network without gradients.
     """
     rates = [settings.learning_rate, settings.student_learning_rate]
     undecayed = dict(params=nn.ModuleList(students_of).parameters(),
@@ -301,11 +301,11 @@ def make_autocast(settings):
         settings.device.split(':')[0],
         torch.bfloat16,
         settings.precision == 'bf16',
-        cache_enabled=False)  # an optimiser's step outdates it
+        cache_enabled=False)  # a cache would keep outdated parameters
 
 
 # Copied from synchronous_single/trainer.py
 def check_finite(loss, name):
-    """Raises FloatingPointError, with its name, for a loss that is none."""
+    """Raises FloatingPointError, with `name`, if the loss is not finite."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f'the {name} is {loss.item()}')

@@ -37,12 +37,12 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Grad:
-    """A backward message, sent and forgotten."""
+    """A gradient for the receiver's answer; it gets no reply."""
     key: tuple  # of the Spike about the same x
     sender: int  # index of the parent
     x: torch.Tensor  # [B, 784]
-    gradient: torch.Tensor  # [B, E], dL/da(x), L the loss of a MACH further up
-    version: int  # the receiver's step count that the sender last saw; or -1
+    gradient: torch.Tensor  # [B, E], dL/da(x), L the loss of a parent or beyond
+    version: int  # receiver's steps at its answer, else when last heard; or -1
     depth: int  # edges it may still travel
 
 

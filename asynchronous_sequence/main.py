@@ -1,10 +1,9 @@
 """k MACHs in a row, each on its own thread, its own data and its own optimiser.
 
-They train freely and exchange messages with the next one down: Spikes, answers
-and Grads. Nobody waits (unless `inputs real`), nobody touches another's
-parameters, and how late a Grad is, is counted. Differs from
-synchronous_sequence: a thread for each MACH, disjoint shards, messages over
-links, and a delay that is whatever it is.
+A MACH exchanges Spikes, Answers and Grads with the MACHs beside it. It waits
+for no message, unless `inputs` is `real`. It changes only its own parameters.
+The delay of a Grad is counted, not set. Differs from synchronous_sequence: a
+thread for each MACH, disjoint shards, and messages over links.
 
     python asynchronous_sequence/main.py
     torchrun --nproc-per-node 3 asynchronous_sequence/main.py
@@ -140,7 +139,7 @@ def read(field, value):
 
 # Copied from synchronous_single/main.py
 def read_hyperparameters(words):
-    """The defaults above with what `words` override: ['--k', '3', '--depth=0'].
+    """The defaults above, overridden by `words`: ['--k', '3', '--depth=0'].
 
     Bad input ends the run with one line and exit status 2.
     """
@@ -242,7 +241,7 @@ class Turns:
             if self._free >= 0:
                 return
             self._waiting.append(turn)
-        turn.wait(10)  # seconds; the steps before it may last longer
+        turn.wait(10)  # seconds at most; then it goes on without a turn
 
     def __exit__(self, *_):
         with self._lock:
@@ -261,7 +260,7 @@ def work(trainer, settings, events, halt):
     of Snapshots. They are made here: no other thread touches a MACH.
     """
     turns = TURNS
-    if settings.inputs == 'real':  # a MACH that waits for answers needs no turn
+    if settings.inputs == 'real':  # it would keep its turn while it waits
         turns = contextlib.nullcontext()
     every = settings.evaluate_every or settings.steps
     trainer.tally.begin()
@@ -305,7 +304,7 @@ def train(trainers, settings, dataset, node):
         node: this process; after a signal each thread ends after its step.
     Returns:
         index -> the last Snapshot of each MACH. It has no networks if the MACH
-        failed, is gone, or was interrupted before there were any.
+        failed, is gone, or was interrupted before its first Snapshot with them.
     """
     # Bounded: if evaluations fall far behind, training waits for them.
     events, halt = queue.Queue(4 * len(trainers)), threading.Event()
@@ -371,11 +370,11 @@ def say_eval(step, snapshots, settings, dataset):
 # Copied from synchronous_sequence/main.py
 @torch.inference_mode()
 def evaluate(snapshots, settings, images, labels):
-    """Accuracies of all MACHs, in percent; NaN for one without networks.
+    """Accuracies of all MACHs, in percent; NaN for a MACH without networks.
 
-    `synthetic`: the MACH answers alone, on its student's inputs. `real`: its
-    children answer, and theirs, to the experiment's depth. A child without
-    networks is replaced by its synthetic input.
+    `synthetic`: the inputs of the MACH are its student's output. `real`: they
+    are its children's answers, with real inputs of their own up to `depth`. A
+    child without networks is replaced by its synthetic input.
 
     Args:
         snapshots: index -> Snapshot.

@@ -1,9 +1,9 @@
 """MACHs in several processes, on one host or on many.
 
 A Node is this process, a Peer is another process. There is no leader: all know
-all addresses from the start. Each process connects to each other one and sends
-on that connection. When it breaks, the process connects again. The wire is
-`multiprocessing.connection`: its frames and HMAC challenge, not its pickling.
+all addresses from the start. Each process opens a connection to each other
+process and sends on it. If the connection breaks, the process reconnects.
+`multiprocessing.connection` frames messages and checks the key, without pickle.
 """
 
 import collections
@@ -27,12 +27,12 @@ from trainer import Snapshot
 
 from mach import data, metrics
 
-SILENCE = 8  # seconds without a word, after which a process counts as gone
-PERIOD = 0.5  # seconds from one sign of life to the next
-PATIENCE = 30  # seconds that a process waits for others before it begins
-STRANGERS = 16  # connections at once that have not proved the key
-QUEUE = 96  # messages of a Link that wait to be sent; the oldest makes room
-LINES = 10**4  # log lines that wait; the oldest makes room
+SILENCE = 8  # seconds without data, after which a process counts as gone
+PERIOD = 0.5  # seconds between heartbeats
+PATIENCE = 30  # seconds that a process waits for others before it trains
+STRANGERS = 16  # most open connections that have not proved the key
+QUEUE = 96  # unsent messages to a Peer for each Link; the oldest is discarded
+LINES = 10**4  # most unsent log lines; the oldest is discarded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,11 @@ def wire_of(sock):
 
 
 def supervise():
-    """Returns in a child. The parent waits, and forks again if it is killed.
+    """Returns in a forked child. If that is killed, the parent forks again.
 
     torchrun ends all processes as soon as one fails. So it watches the parent,
     and the MACHs live in the child. A killed child is replaced up to
-    `--max-restarts` times, without importing again; then the parent ends well.
+    `--max-restarts` times, without importing again; then the parent returns 0.
     Call this while there is one thread. Without torchrun it does nothing.
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
@@ -145,7 +145,7 @@ def supervise():
 
 
 class Link:
-    """The way to a MACH of another process, as link.Link is within one."""
+    """A link to a MACH of another process; link.Link stays within a process."""
 
     def __init__(self, peer, receiver):
         self._peer, self.receiver = peer, receiver
@@ -163,10 +163,10 @@ class Link:
 
 
 class Peer(threading.Thread):
-    """Another process; the thread sends what that process is to know.
+    """Another process, and the thread that sends to it.
 
     Attributes:
-        wire: the connection on which it is heard; None: it is gone.
+        wire: the connection on which it sends to this one; None: it is gone.
         connected: whether this process can send to it.
         begun, ended: whether it trains; whether a MACH of it has ended.
         told: index -> own Snapshot sent last on this connection.
@@ -219,12 +219,12 @@ class Peer(threading.Thread):
 class Node:
     """This process. MACH i lives in process i mod WORLD_SIZE.
 
-    It reads what torchrun sets, and MACH_KEY. Without these there is no other.
+    It reads torchrun's variables and MACH_KEY. Without them it runs alone.
 
     Args:
         settings: the hyperparameters of main.py.
-        dataset: its name. A process with another one is refused, as is one with
-            other hyperparameters, except those of checkpoint.FREE.
+        dataset: its name. A process with another dataset is refused. So is one
+            with other hyperparameters; those in checkpoint.FREE may differ.
     Raises:
         data.DataError: the environment does not fit the hyperparameters.
 
@@ -359,7 +359,7 @@ class Node:
     # --------------------------------------------------------- for its threads
 
     def connect(self, rank):
-        """A connection on which another process hears this one."""
+        """Opens the connection on which this process sends to another."""
         address = self._addresses[rank]
         wire = wire_of(socket.create_connection(address, SILENCE))
         connection.answer_challenge(wire, self._key)

@@ -1,4 +1,4 @@
-"""The student: synthetic inputs, made on the spot, that mimic the children."""
+"""The student: a small network whose output mimics the children's answers."""
 # Copied from synchronous_sequence/student.py
 
 from torch import nn

@@ -268,7 +268,7 @@ class Batches:
     def load_state_dict(self, state):
         """Continues at `state`, or raises DataError if it has other labels."""
         if state['labels'] != self.state_dict()['labels']:
-            raise DataError('the training images are others than before')
+            raise DataError('the training labels have changed')
         self._generator.set_state(state['generator'].cpu())
         self._queue = state['queue'].cpu()
 

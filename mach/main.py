@@ -5,13 +5,14 @@
     python mach/main.py --seeds 0,1,2             mean and std over three seeds
     python mach/main.py --compare .runs/*/*.txt   the table of saved logs
 
-Any other --name value is a hyperparameter. Each chosen experiment that has it
-gets it. stdout shows the logs of the experiments, then the table; all else goes
-to stderr. Exit code: 0 done, 1 an experiment or stdout failed, 2 a bad option,
-130 Ctrl-C.
+Any other --name value is a hyperparameter. It goes to each chosen experiment
+that has it. stdout shows the logs of the experiments, then the table; all else
+goes to stderr. Exit code: 0 done, 1 an experiment or stdout failed, 2 a bad
+option, 130 Ctrl-C.
 """
 
 import argparse
+import difflib
 import itertools
 import math
 import os
@@ -97,7 +98,11 @@ def read_words(words):
     chosen = {} if options.compare else dict(map(find, options.only))
     for name in set().union(*chosen.values()):
         parser.add_argument(f'--{name}', f'--{name.replace("_", "-")}')
-    return parser.parse_args(words), chosen
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        near, = difflib.get_close_matches(unknown[0], vars(options), 1, 0)
+        fail(f'no chosen experiment has {unknown[0]}; the closest is --{near}')
+    return options, chosen
 
 
 def plan(options, chosen):
@@ -157,7 +162,7 @@ def follow(process, log, deadline):
     code = None
     while code is None and time.monotonic() < deadline:
         time.sleep(0.05)
-        # It ends before the last read, which therefore misses nothing.
+        # The process has ended before the last read, so nothing is missed.
         code = process.poll()
         sys.stdout.buffer.write(log.read())
         sys.stdout.buffer.flush()
@@ -191,6 +196,8 @@ def main(words):
     Raises:
         OSError: stdout is full or closed; the running experiment is stopped.
     """
+    if sys.stdout is None:  # after `>&-`
+        raise OSError('stdout is closed')
     options, chosen = read_words(words)
     jobs, status, paths = plan(options, chosen), 0, options.compare or []
     for path, command in jobs.items():

@@ -26,8 +26,8 @@ import tqdm
 # Decimals of measured values. A hyperparameter keeps every digit.
 DECIMALS = dict(rate=1, seconds=1, steps=0, loss=4, synthetic_loss=4)
 DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'staleness'), 2)
-# Hyperparameters that do not change the result. Runs that differ in nothing
-# else are repetitions of one experiment.
+# Hyperparameters that may differ between repetitions of one experiment. Of
+# these only the seed and the data change the result.
 BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'dry_run',
                'checkpoint', 'checkpoint_every', 'resume', 'hosts',
                'log_folder')
@@ -207,6 +207,11 @@ def parse_log(text, name='log'):
             kind, fields = parse_line(line)
             if (kind == 'run') == bool(log.run):
                 raise ValueError('only the first line of a log is a run line')
+            if kind == 'run' and not {'experiment', 'dataset'} <= set(fields):
+                raise ValueError('no experiment or no dataset')
+            if kind in ('step', 'eval', 'final') and any(
+                    isinstance(fields.get(key), str) for key in DECIMALS):
+                raise ValueError(f'a word in place of a number: {line!r:.100}')
         except ValueError as error:
             raise ValueError(f'{name}:{number}: {error}') from None
         if kind in ('run', 'hparams'):
@@ -233,12 +238,16 @@ def _commit():
     # Without locks, several experiments can start at once.
     command = ('git --no-optional-locks status --porcelain=v2 --branch -uall '
                '-- :/*.py')
+    # In a git hook, these variables point at another repository.
+    environment = {k: v for k, v in os.environ.items() if k[:4] != 'GIT_'}
     try:
         status = subprocess.check_output(command.split(),
                                          cwd=os.path.dirname(__file__),
+                                         env=environment,
                                          stderr=subprocess.DEVNULL,
-                                         text=True)
-    except (OSError, subprocess.CalledProcessError):
+                                         text=True,
+                                         timeout=10)
+    except (OSError, subprocess.SubprocessError):
         return 'none'
     commit, *others = status.removeprefix('# branch.oid ').splitlines()
     dirty = any(not line.startswith('#') for line in others)

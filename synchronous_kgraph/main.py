@@ -1,9 +1,9 @@
 """k MACHs, each fed by all others, in lockstep: synthetic inputs, late Grads.
 
-The controlled twin of asynchronous_kgraph: the same exchange, with a delay that
-is set instead of one that happens. With `delay 0` and `inputs real` it is
+The graph is that of asynchronous_kgraph, but each Grad is exactly `delay` steps
+late and nothing is rescaled. With `delay 0` and `inputs real`, training is
 backpropagation through the graph unrolled to `depth`. Differs from
-synchronous_sequence: the graph is all cycles, cut off by `depth`.
+synchronous_sequence: the graph has cycles, which end after `depth` edges.
 
     python synchronous_kgraph/main.py
 
@@ -83,7 +83,7 @@ class Hyperparameters:
     depth: int = hparam(1, 'edges a Spike or Grad may travel', 0, 100)
     delay: int = hparam(1, 'steps a Grad is late; 0: no delay', 0, 10000)
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
-    grad_weight: float = hparam(1.0, 'factor on Grads that are sent', 0, 1e6)
+    grad_weight: float = hparam(1.0, 'factor on Grads of own rows', 0, 1e6)
     # Networks.
     embedding: int = hparam(64, 'units of an embedding', 1, 16384)
     hidden: int = hparam(512, 'units of layer 1; layer 2: half', 2, 16384)
@@ -127,7 +127,7 @@ def read(field, value):
 
 # Copied from synchronous_single/main.py
 def read_hyperparameters(words):
-    """The defaults above with what `words` override: ['--k', '3', '--depth=0'].
+    """The defaults above, overridden by `words`: ['--k', '3', '--depth=0'].
 
     Bad input ends the run with one line and exit status 2.
     """
@@ -161,8 +161,8 @@ def read_hyperparameters(words):
 def children_of(settings):
     """For each MACH the list of its children: all others, or `neighbours`.
 
-    Fewer children are the MACHs at some distances round a ring. The seed draws
-    these distances, the same for all, so every MACH has as many parents.
+    With `neighbours`, they are the MACHs at some distances on a ring. The seed
+    draws these distances for all. So a MACH has as many parents as children.
     """
     k, count = settings.k, settings.neighbours or settings.k - 1
     distances = random.Random(settings.seed).sample(range(1, k), count)
@@ -297,11 +297,11 @@ def say_eval(step, snapshots, settings, dataset):
 # Copied from synchronous_sequence/main.py
 @torch.inference_mode()
 def evaluate(snapshots, settings, images, labels):
-    """Accuracies of all MACHs, in percent; NaN for one without networks.
+    """Accuracies of all MACHs, in percent; NaN for a MACH without networks.
 
-    `synthetic`: the MACH answers alone, on its student's inputs. `real`: its
-    children answer, and theirs, to the experiment's depth. A child without
-    networks is replaced by its synthetic input.
+    `synthetic`: the inputs of the MACH are its student's output. `real`: they
+    are its children's answers, with real inputs of their own up to `depth`. A
+    child without networks is replaced by its synthetic input.
 
     Args:
         snapshots: index -> Snapshot.

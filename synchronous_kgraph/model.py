@@ -8,8 +8,8 @@ from torch import nn
 class Mach(nn.Module):
     """One learning component with `children` neighbours that feed it.
 
-    The children's answers enter late, just before the embedding's relu. In the
-    first layer, beside x, the network learns to ignore them.
+    The children's answers enter late, just before the embedding's relu. If they
+    entered the first layer, beside x, the network would learn to ignore them.
 
     Args:
         children: C, how many MACHs feed this one; 0 for none.
@@ -45,8 +45,8 @@ class Mach(nn.Module):
         """
         return self.join(self.local_part(x), inputs)
 
-    # The two parts of the forward stand apart, because a training step drops
-    # units of h alone. Autocast makes both bfloat16; messages are as x is.
+    # The forward has two parts, because a training step drops units of h
+    # between them. With autocast they compute in bfloat16 and return x's dtype.
 
     def local_part(self, x):
         """x [B, 784] -> h [B, E], what the local network makes of x."""

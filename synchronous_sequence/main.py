@@ -1,8 +1,8 @@
 """k MACHs in a row, in lockstep: synthetic inputs and late Grads, controlled.
 
-Each MACH has a student of the one before it, whose synthetic output feeds it
-beside x, its own target loss and its own optimiser. Its gradient reaches the
-MACH before it as a Grad, applied `delay` steps late, and travels on from there.
+Each MACH but the first has a student that mimics the MACH before it. The
+student's output feeds the MACH beside x. Each MACH has its own target loss. The
+MACH before it applies its Grad `delay` steps later and passes a Grad on.
 Differs from synchronous_single: several MACHs, edges between them, a student of
 the MACH before instead of the MACH itself.
 
@@ -82,7 +82,7 @@ class Hyperparameters:
     depth: int = hparam(2, 'edges a Spike or Grad may travel', 0, 100)
     delay: int = hparam(1, 'steps a Grad is late; 0: no delay', 0, 10000)
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
-    grad_weight: float = hparam(1.0, 'factor on Grads that are sent', 0, 1e6)
+    grad_weight: float = hparam(1.0, 'factor on Grads of own rows', 0, 1e6)
     # Networks.
     embedding: int = hparam(64, 'units of an embedding', 1, 16384)
     hidden: int = hparam(512, 'units of layer 1; layer 2: half', 2, 16384)
@@ -124,7 +124,7 @@ def read(field, value):
 
 # Copied from synchronous_single/main.py
 def read_hyperparameters(words):
-    """The defaults above with what `words` override: ['--k', '3', '--depth=0'].
+    """The defaults above, overridden by `words`: ['--k', '3', '--depth=0'].
 
     Bad input ends the run with one line and exit status 2.
     """
@@ -285,11 +285,11 @@ def say_eval(step, snapshots, settings, dataset):
 
 @torch.inference_mode()
 def evaluate(snapshots, settings, images, labels):
-    """Accuracies of all MACHs, in percent; NaN for one without networks.
+    """Accuracies of all MACHs, in percent; NaN for a MACH without networks.
 
-    `synthetic`: the MACH answers alone, on its student's inputs. `real`: its
-    children answer, and theirs, to the experiment's depth. A child without
-    networks is replaced by its synthetic input.
+    `synthetic`: the inputs of the MACH are its student's output. `real`: they
+    are its children's answers, with real inputs of their own up to `depth`. A
+    child without networks is replaced by its synthetic input.
 
     Args:
         snapshots: index -> Snapshot.

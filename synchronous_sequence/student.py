@@ -1,4 +1,4 @@
-"""The student: synthetic inputs, made on the spot, that mimic the children."""
+"""The student: a small network whose output mimics the children's answers."""
 
 from torch import nn
 

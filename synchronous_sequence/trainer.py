@@ -22,9 +22,9 @@ from mach import metrics
 
 # Copied from synchronous_single/trainer.py
 class Snapshot(typing.NamedTuple):
-    """What a MACH hands over of itself; it never changes afterwards."""
+    """Copies of a MACH's counts and networks; they never change afterwards."""
     tally: metrics.Tally
-    network: torch.nn.Module | None = None  # None: it failed, or has not begun
+    network: torch.nn.Module | None = None  # None: failed, gone or not begun
     student: torch.nn.Module | None = None  # None: it has no children
     ended: bool = False  # its thread has ended
     failed: bool = False  # with an error
@@ -32,7 +32,7 @@ class Snapshot(typing.NamedTuple):
 
 @dataclasses.dataclass
 class Block:
-    """Rows that go through a forward together: one x and what is due on it."""
+    """One x [B, 784] of a forward, with the Grad about it, if any."""
     x: torch.Tensor  # [B, 784]
     depth: int  # edges that the gradient of their inputs may travel
     grad: torch.Tensor | None = None  # [B, E], to apply; None for own rows
@@ -118,7 +118,7 @@ class Trainer:
                     for block in blocks
                 ]).requires_grad_()  # [R, C, E]
             h = network.local_part(torch.cat([block.x for block in blocks]))
-            # Other MACHs' rows have no dropout: students would chase its noise.
+            # Rows of Grads have no dropout: students cannot mimic its noise.
             h = drop(h, own, settings, i, self.steps_taken)
             d = network.join(h, inputs)  # [R, E]
             roots, gradients = [], []
@@ -177,7 +177,7 @@ class Trainer:
     def _send_grads(self, i, blocks, gradient):
         """Puts gradient [R, C, E] of MACH i's inputs in flight to its children.
 
-        The Grads of several parents to a child about one x become their sum.
+        If several parents send a child Grads about one x, these are added.
         """
         parts = gradient.split([len(block.x) for block in blocks])
         for block, part in zip(blocks, parts):
@@ -251,11 +251,11 @@ def drop(h, own, settings, *seeds):
 
 # Copied from synchronous_single/trainer.py
 def make_optimiser(networks, students_of, settings):
-    """AdamW with a group of networks and one of students; its learning rates.
+    """AdamW for networks and students, and its learning-rate schedule.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
-    one cycle of rates ends at exactly 0, which changes no parameter. AdamW
-    skips a network without gradients.
+    learning rate ends at exactly 0; a step with rate 0 changes no parameter.
+    AdamW skips a network without gradients.
     """
     rates = [settings.learning_rate, settings.student_learning_rate]
     undecayed = dict(params=nn.ModuleList(students_of).parameters(),
@@ -282,11 +282,11 @@ def make_autocast(settings):
         settings.device.split(':')[0],
         torch.bfloat16,
         settings.precision == 'bf16',
-        cache_enabled=False)  # an optimiser's step outdates it
+        cache_enabled=False)  # a cache would keep outdated parameters
 
 
 # Copied from synchronous_single/trainer.py
 def check_finite(loss, name):
-    """Raises FloatingPointError, with its name, for a loss that is none."""
+    """Raises FloatingPointError, with `name`, if the loss is not finite."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f'the {name} is {loss.item()}')

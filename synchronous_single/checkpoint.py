@@ -15,14 +15,14 @@ import torch
 
 from mach import data, metrics
 
-# Hyperparameters that may differ from those of the file.
+# Hyperparameters that may differ from the file's, or between processes.
 FREE = {*metrics.BOOKKEEPING, 'device', 'precision'} - {'seed'}
 
 
 def save(trainer, folder):
     """Writes a Trainer's file into `folder`; does nothing if that is ''.
 
-    A disk that fails costs this checkpoint and a line on stderr, not the run.
+    If the disk fails, it prints a warning instead, and the run continues.
     """
     if not folder:
         return

@@ -113,7 +113,7 @@ def read(field, value):
 
 
 def read_hyperparameters(words):
-    """The defaults above with what `words` override: ['--k', '3', '--depth=0'].
+    """The defaults above, overridden by `words`: ['--k', '3', '--depth=0'].
 
     Bad input ends the run with one line and exit status 2.
     """

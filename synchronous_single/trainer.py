@@ -20,9 +20,9 @@ from mach import metrics
 
 
 class Snapshot(typing.NamedTuple):
-    """What a MACH hands over of itself; it never changes afterwards."""
+    """Copies of a MACH's counts and networks; they never change afterwards."""
     tally: metrics.Tally
-    network: torch.nn.Module | None = None  # None: it failed, or has not begun
+    network: torch.nn.Module | None = None  # None: failed, gone or not begun
     student: torch.nn.Module | None = None  # None: it has no children
     ended: bool = False  # its thread has ended
     failed: bool = False  # with an error
@@ -114,11 +114,11 @@ class Trainer:
 
 
 def make_optimiser(networks, students_of, settings):
-    """AdamW with a group of networks and one of students; its learning rates.
+    """AdamW for networks and students, and its learning-rate schedule.
 
     Weight decay is decoupled (Loshchilov & Hutter 2019, arXiv 1711.05101). The
-    one cycle of rates ends at exactly 0, which changes no parameter. AdamW
-    skips a network without gradients.
+    learning rate ends at exactly 0; a step with rate 0 changes no parameter.
+    AdamW skips a network without gradients.
     """
     rates = [settings.learning_rate, settings.student_learning_rate]
     undecayed = dict(params=nn.ModuleList(students_of).parameters(),
@@ -144,10 +144,10 @@ def make_autocast(settings):
         settings.device.split(':')[0],
         torch.bfloat16,
         settings.precision == 'bf16',
-        cache_enabled=False)  # an optimiser's step outdates it
+        cache_enabled=False)  # a cache would keep outdated parameters
 
 
 def check_finite(loss, name):
-    """Raises FloatingPointError, with its name, for a loss that is none."""
+    """Raises FloatingPointError, with `name`, if the loss is not finite."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f'the {name} is {loss.item()}')

@@ -145,8 +145,8 @@ def test_seeds_and_isolated_have_files_of_their_own():
 
 
 @pytest.mark.parametrize('words, said', [
-    ('--only a --see 5', 'unrecognized arguments: --see 5'),
-    ('--only a --note 5', 'unrecognized'),
+    ('--only a --see 5', 'has --see; the closest is --seed'),
+    ('--only a --note 5', 'has --note; the closest is --'),
     ('--only a --k 11', 'a cannot run'),
     ('--only nowhere', 'nowhere; choose from synchronous_single'),
     ('--only mach', 'no experiment mach'),

@@ -79,12 +79,12 @@ def test_lines_are_written_as_they_are_read():
 
 
 BAD = ('hello', 'final  real', 'final  real 97 ', 'final   real 97',
-       'step  mach 1  400', 'final  a-b 5', 'weights\xff')
+       'step  mach 1  400', 'final  a-b 5', 'final  real good', 'weights\xff')
 
 
 @pytest.mark.parametrize(
     'lines, number',
-    [([], 1), (LINES[1:], 1),
+    [([], 1), (LINES[1:], 1), (['run  seed 0'], 1),
      (LINES + LINES, 11), *(([LINES[0], line], 2) for line in BAD)])
 def test_what_is_no_log_is_refused_with_its_place(tmp_path, lines, number):
     path = tmp_path / 'bad.txt'
