@@ -140,9 +140,8 @@ class Exchange:
                     block.spike = message
         served |= {block.spike.key: block for block in self._close()}
         for grad in grads:  # a Spike and a Grad about the same x share rows
-            block = served.get(grad.key) or self.pending.pop(grad.key, None)
-            block = served.setdefault(grad.key, block or Block(grad.x))
-            block.grad = grad
+            block = self.pending.pop(grad.key, None) or Block(grad.x)
+            served.setdefault(grad.key, block).grad = grad
         return list(served.values()), list(lessons.values())
 
     def _close(self):

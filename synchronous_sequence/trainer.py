@@ -265,7 +265,7 @@ def make_optimiser(networks, students_of, settings):
         weight_decay=settings.weight_decay,
         fused=True)
     steps = settings.steps + 1
-    warmup = max(settings.warmup, 2 / steps)  # a step at least
+    warmup = max(settings.warmup, min(2 / steps, 0.75))  # a step at least
     return optimiser, torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
         rates,
