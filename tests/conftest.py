@@ -421,7 +421,7 @@ def _run_here(monkeypatch, dataset):
     def run_here(experiment, *words):
         main, before = load_main(experiment), threading.enumerate()
         out, err = io.StringIO(), io.StringIO()
-        numbers = signal.SIGINT, signal.SIGTERM
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
         handlers = [signal.getsignal(number) for number in numbers]
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'stdout', out)
@@ -429,11 +429,14 @@ def _run_here(monkeypatch, dataset):
             patch.setattr(tqdm.tqdm, 'monitor_interval', 0)  # no thread
             if '--data=' not in ' '.join(words):
                 patch.setattr(data, 'load', lambda *_: dataset)
+            signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
+            signal.alarm(2 * LONG)
             try:
                 code = main.main([*TINY, *words])
             except SystemExit as stopped:
                 code = stopped.code
             finally:
+                signal.alarm(0)
                 list(map(signal.signal, numbers, handlers))
             for thread in set(threading.enumerate()) - set(before):
                 thread.join(LONG)
