@@ -222,11 +222,12 @@ def work(trainer, settings, events, halt):
         checkpoint.save(trainer, settings.checkpoint)
         events.put(([], trainer.snapshot(ended=True)))
     except Exception:  # pylint: disable=broad-except
+        with contextlib.suppress(OSError):  # of stderr
+            print(
+                f'{EXPERIMENT}: training failed in step '
+                f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}',
+                file=sys.stderr)
         events.put(([], trainer.snapshot(False, ended=True, failed=True)))
-        print(
-            f'{EXPERIMENT}: training failed in step {trainer.steps_taken + 1}: '
-            f'{traceback.format_exc().rstrip()}',
-            file=sys.stderr)
 
 
 # Copied from synchronous_single/main.py
