@@ -207,8 +207,6 @@ def parse_log(text, name='log'):
             kind, fields = parse_line(line)
             if (kind == 'run') == bool(log.run):
                 raise ValueError('only the first line of a log is a run line')
-            if kind == 'run' and not {'experiment', 'dataset'} <= set(fields):
-                raise ValueError('no experiment or no dataset')
             if kind in ('step', 'eval', 'final') and any(
                     isinstance(fields.get(key), str) for key in DECIMALS):
                 raise ValueError(f'a word in place of a number: {line!r:.100}')

@@ -338,7 +338,7 @@ def test_batches_continue_from_a_state():
         twin.load_state_dict(state)
         for batch in expected:
             assert all(map(torch.equal, batch, next(twin)))
-    with pytest.raises(data.DataError, match='images are others'):
+    with pytest.raises(data.DataError, match='labels have changed'):
         make_batches(n=49).load_state_dict(state)
 
 

@@ -490,9 +490,7 @@ SIGNALS = [
     ('asynchronous_kgraph', BEGIN, [TERM]),
     # The imports: there are no results yet.
     ('synchronous_single', r'\| *argparse\n', [INT]),
-    ('synchronous_kgraph', r'\| *numpy\n', [INT]),
     ('asynchronous_sequence', r'\| *torch\n', [INT]),
-    ('asynchronous_kgraph', r'\| *trainer\n', [INT]),
 ]
 
 

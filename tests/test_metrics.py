@@ -84,7 +84,7 @@ BAD = ('hello', 'final  real', 'final  real 97 ', 'final   real 97',
 
 @pytest.mark.parametrize(
     'lines, number',
-    [([], 1), (LINES[1:], 1), (['run  seed 0'], 1),
+    [([], 1), (LINES[1:], 1),
      (LINES + LINES, 11), *(([LINES[0], line], 2) for line in BAD)])
 def test_what_is_no_log_is_refused_with_its_place(tmp_path, lines, number):
     path = tmp_path / 'bad.txt'
