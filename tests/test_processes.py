@@ -65,7 +65,7 @@ def fixture_nodes(monkeypatch, dataset):
 def pair(nodes, size=2, **settings):
     """Nodes that hear each other, and send to each other."""
     made = [nodes(rank, size, **settings) for rank in range(size)]
-    assert wait_until(lambda: joined(made), 10)
+    assert wait_until(lambda: joined(made))
     return made
 
 
@@ -166,7 +166,7 @@ def test_all_is_told_again_on_a_new_connection(nodes):
     first.tell([], {0: told})
     second = nodes(1)
     for _ in range(2):
-        assert wait_until(lambda: second._snapshots, 10)
+        assert wait_until(lambda: second._snapshots)
         lines, news = second.news()
         assert lines == [] and news[0].tally.steps == 0 and not news[0].ended
         for name in 'network', 'student':
@@ -175,7 +175,7 @@ def test_all_is_told_again_on_a_new_connection(nodes):
                 assert torch.equal(p, q) and p is not q
         second._peers[0].wire.close()  # it is cut, and made again
     first.trainer.tally.steps = 7  # counts go as a sign of life, twice a second
-    assert wait_until(lambda: second.tally(0).steps == 7, 2)
+    assert wait_until(lambda: second.tally(0).steps == 7)
     second.tell([dict(step=1, mach=1), dict(step=2, mach=1)], {})
     first.tell([], first.trainer.snapshot(False, ended=True, failed=True))
     second.tell([dict(step=3, mach=1)], second.trainer.snapshot(ended=True))
@@ -196,10 +196,10 @@ def test_a_flood_of_news_is_bounded(nodes, monkeypatch):
         time.sleep(0.002)
     assert wait_until(lambda: first._lines and first._lines[-1]['step'] == 299,
                       10)
-    assert wait_until(lambda: first._snapshots[1].tally.steps == 299, 10)
+    assert wait_until(lambda: first._snapshots[1].tally.steps == 299)
     assert len(first._lines) <= 100 and len(first._snapshots) == 1
     second.exchange.links[0].send(spike(1))  # it goes on hearing
-    assert wait_until(first.exchange.mailbox.collect, 5)
+    assert wait_until(first.exchange.mailbox.collect)
 
 
 def test_all_begin_together_and_a_late_one_alone(nodes, capsys, monkeypatch):
@@ -213,7 +213,7 @@ def test_all_begin_together_and_a_late_one_alone(nodes, capsys, monkeypatch):
     second, began = nodes(1, size=3), time.monotonic()
     second.begin()  # the first has begun
     assert 1 <= time.monotonic() - began < 10
-    assert wait_until(lambda: first.hears(1) and second.hears(0), 10)
+    assert wait_until(lambda: first.hears(1) and second.hears(0))
     assert not first.hears(2) and first.hears(0)
     assert capsys.readouterr().err == ('process 0 says: process 1 is here\n'
                                        'process 1 begins without process [2]\n')
@@ -221,9 +221,9 @@ def test_all_begin_together_and_a_late_one_alone(nodes, capsys, monkeypatch):
 
 def test_a_signal_goes_round_and_some_hyperparameters_may_differ(nodes):
     two = first, second = nodes(0), nodes(1, log_every=5, precision='fp32')
-    assert wait_until(lambda: joined(two), 10)
+    assert wait_until(lambda: joined(two))
     second.interrupt(signal.SIGINT, None)
-    assert wait_until(lambda: first.signal == signal.SIGINT, 5)
+    assert wait_until(lambda: first.signal == signal.SIGINT)
     first.interrupt(signal.SIGTERM, None)
     assert first.signal == signal.SIGINT  # the first counts
 
@@ -233,7 +233,7 @@ def test_silence_is_said_once_by_the_lowest(nodes, monkeypatch, capsys):
     first, second, third = pair(nodes, size=3)
     for peer in third._peers.values():  # it is as if this process were stopped
         peer._tell = lambda *_: None
-    assert wait_until(lambda: not first.hears(2) and not second.hears(2), 10)
+    assert wait_until(lambda: not first.hears(2) and not second.hears(2))
     time.sleep(2)
     gone = re.findall('.*is gone', capsys.readouterr().err)
     assert gone == ['process 0 says: process 2 is gone']
@@ -281,10 +281,10 @@ def test_strangers_are_harmless(nodes, monkeypatch, capsys):
     with pytest.raises((OSError, EOFError, connection.AuthenticationError)):
         connection.Client(address, authkey=b'a guess')
     second.exchange.links[0].send(spike(1))
-    assert wait_until(first.exchange.mailbox.collect, 5)
-    assert wait_until(lambda: threading.active_count() <= before, 10)
+    assert wait_until(first.exchange.mailbox.collect)
+    assert wait_until(lambda: threading.active_count() <= before)
     second._peers[0].wire.close()  # a process comes back after them
-    assert wait_until(lambda: joined([first, second]), 10)
+    assert wait_until(lambda: joined([first, second]))
     for sock in socks:
         sock.close()
     assert capsys.readouterr().err.count('\n') == 1
@@ -297,7 +297,7 @@ def test_a_bad_frame_ends_its_connection_alone(nodes, capsys):
         wire.send_bytes(content)
         with pytest.raises((OSError, EOFError)):
             wire.recv_bytes()
-    assert wait_until(lambda: first.hears(1), 5)
+    assert wait_until(lambda: first.hears(1))
     assert capsys.readouterr().err.count('process 0 refuses process 1: ') == 1
 
 
@@ -366,7 +366,7 @@ def test_signals_reach_the_child_which_ends_with_its_parent(number, code):
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == code
-    assert wait_until(lambda: not os.path.exists(f'/proc/{child}'), 10)
+    assert wait_until(lambda: not os.path.exists(f'/proc/{child}'))
 
 
 # -------------------------------------------------------------------- torchrun
@@ -455,7 +455,7 @@ def test_a_signal_ends_all(tmp_path):
     with torchrun(tmp_path / 'run', '--steps=1000000') as process:
         assert wait_until(lambda: 'step  10 ' in process.said())
         os.kill(process.find(1)[-1], signal.SIGINT)
-        assert wait_until(lambda: 'mach mean' in process.said(), 5)
+        assert wait_until(lambda: 'mach mean' in process.said())
         _, out, err = process.end()
         assert not process.find()
     assert metrics.parse_log(out).mean['real'] > 0
