@@ -445,7 +445,6 @@ def main(words):
     if settings.dry_run:
         return 0
     snapshots = train(trainers, settings, dataset, node)
-    torch.set_num_threads(CORES)
     if metrics.OUTPUTS:
         metrics.say_finals(EXPERIMENT, dataset, settings, [
             found | snapshots[found['mach']].tally.totals()

@@ -1,13 +1,15 @@
 """The delayed-gradient trainer of k MACHs in lockstep, for any graph.
 
-All MACHs take each step together, on one thread, and ask each other by calls.
-So the seed decides everything. A Grad is applied exactly `delay` steps after it
-was computed, with the parameters of that later step. With `delay 0` it is
-applied before any parameter changes: that is backpropagation through the graph
-unrolled to `depth`.
+All MACHs take each step together, and ask each other by calls. A MACH computes
+on one thread, several MACHs at once. Meanwhile no parameter changes, and Grads
+are sent in a fixed order. So the seed decides everything. A Grad is applied
+exactly `delay` steps after it was computed, with the parameters of that later
+step. With `delay 0` it is applied before any parameter changes: that is
+backpropagation through the graph unrolled to `depth`.
 """
 # Copied from synchronous_sequence/trainer.py
 
+import concurrent.futures
 import copy
 import dataclasses
 import math
@@ -51,10 +53,17 @@ class Trainer:
         batches: list of iterators of (x [B, 784], y [B]): one that all MACHs
             share, or one for each MACH's own local dataset.
         settings: the hyperparameters of main.py.
+        threads: how many compute at once; the results are the same.
     """
     file = 'machs.pt'  # of its checkpoint
 
-    def __init__(self, networks, student_of, children, batches, settings):
+    def __init__(self,
+                 networks,
+                 student_of,
+                 children,
+                 batches,
+                 settings,
+                 threads=1):
         self.networks = nn.ModuleList(networks)
         self.student_of, self.children = student_of, children
         self.students = nn.ModuleList(s for s in student_of if s)
@@ -64,7 +73,7 @@ class Trainer:
         self._answers = {}  # (MACH, which x, depth) -> a(x), of this step
         self._optimiser, self._schedule = make_optimiser(
             self.networks, self.students, settings)
-        self._autocast = make_autocast(settings)
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
 
     @property
     def steps_taken(self):
@@ -77,14 +86,25 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is not finite; nothing was applied.
         """
+        everyone, settings = range(len(self.networks)), self.settings
         batches = [next(batches) for batches in self.batches]
+        xs, labels = zip(*[batches[i % len(batches)] for i in everyone])
+        blocks = [
+            [Block(xs[i], settings.depth), *self._take_due(i)] for i in everyone
+        ]
+        learnt = self._pool.map(self._learn, everyone, blocks, labels)
+        # Students come last: they keep threads busy until all MACHs have ended.
+        lessons = self._pool.map(self._teach_student, everyone, xs)
         results = []
-        for i in range(len(self.networks)):
-            x, y = batches[i % len(batches)]
-            results.append((*self._learn(i, x, y), y))
-        while self.settings.delay == 0 and any(self._grads):
-            for i in range(len(self.networks)):
-                self._learn(i)
+        for i, (loss, logits, gradient) in enumerate(learnt):
+            self._send_grads(i, blocks[i], gradient)
+            results.append((loss, logits, labels[i]))
+        while settings.delay == 0 and any(self._grads):
+            blocks = [self._take_due(i) for i in everyone]
+            learnt = self._pool.map(self._learn, everyone, blocks)
+            for i, (*_, gradient) in enumerate(learnt):
+                self._send_grads(i, blocks[i], gradient)
+        list(lessons)  # waits for them
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._schedule.step()
@@ -92,26 +112,26 @@ class Trainer:
         for tally, result in zip(self.tallies, results):
             tally.step(*result)
 
-    def _learn(self, i, x=None, y=None):
+    def _learn(self, i, blocks, y=None):
         """Backpropagates the target loss of MACH i, if any, and all Grads due.
 
         Own rows and Grads are one batch: one forward, one backward. No
-        parameter changes yet: other MACHs still ask this one and send it Grads.
+        parameter changes yet: other MACHs still ask this one.
 
         Args:
             i: index of the MACH.
-            x: [B, 784], own rows, with labels y [B]; None without.
+            blocks: the own rows come first.
+            y: labels [B] of own rows; None if there are none.
         Returns:
-            The target loss and the logits [B, 10] of own rows; None without.
+            The target loss and the logits [B, 10] of own rows, the gradient
+            [R, C, E] of all inputs; None where there is none.
         """
         settings, network = self.settings, self.networks[i]
-        own = 0 if x is None else len(x)
-        blocks = [] if x is None else [Block(x, settings.depth)]
-        blocks += self._take_due(i)
+        own = 0 if y is None else len(y)
         if not blocks:
-            return None
+            return None, None, None
         inputs, loss, logits = None, None, None
-        with self._autocast:
+        with make_autocast(settings):
             if self.children[i]:  # a leaf: the edge is cut here
                 real = settings.inputs == 'real'
                 inputs = torch.cat([
@@ -135,11 +155,7 @@ class Trainer:
         if own:
             check_finite(loss, f'target loss of mach {i}')
         torch.autograd.backward(roots, gradients)
-        if self.children[i]:
-            self._send_grads(i, blocks, inputs.grad)
-            if own:
-                self._teach_student(i, x)
-        return loss, logits
+        return loss, logits, None if inputs is None else inputs.grad
 
     def _take_due(self, i):
         """Takes the Grads that MACH i applies in this step."""
@@ -153,7 +169,8 @@ class Trainer:
     @torch.no_grad()
     def _answer(self, i, x, depth):
         """Answers a Spike: x [B, 784] -> a_i(x) [B, E], without dropout."""
-        key = i, id(x), depth  # several parents may share an x
+        # Several parents may share an x. Two that ask at once compute it twice.
+        key = i, id(x), depth
         if key not in self._answers:
             network = self.networks[i]
             self._answers[key] = network.answer(
@@ -178,8 +195,11 @@ class Trainer:
     def _send_grads(self, i, blocks, gradient):
         """Puts gradient [R, C, E] of MACH i's inputs in flight to its children.
 
-        If several parents send a child Grads about one x, these are added.
+        The gradient is None without children or rows. If several parents send a
+        child Grads about one x, these are added.
         """
+        if gradient is None:
+            return
         parts = gradient.split([len(block.x) for block in blocks])
         for block, part in zip(blocks, parts):
             weight = self.settings.grad_weight if block.grad is None else 1.0
@@ -198,7 +218,9 @@ class Trainer:
 
     def _teach_student(self, i, x):
         """Backpropagates the synthetic loss about the answers to x [B, 784]."""
-        with self._autocast:
+        if not self.children[i]:
+            return
+        with make_autocast(self.settings):
             real = self._inputs(i, x, max(1, self.settings.depth))  # [B, C, E]
             loss = students.synthetic_loss(self.student_of[i](x), real)
         check_finite(loss, f'synthetic loss of mach {i}')

@@ -45,7 +45,7 @@ from trainer import Trainer
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
 CORES = torch.get_num_threads()
 GPUS = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-torch.set_num_threads(1)  # the training thread is to have them all
+torch.set_num_threads(1)  # a product on one: no result depends on CORES
 
 # ------------------------------------------------------------ hyperparameters
 
@@ -190,7 +190,7 @@ def make_trainer(settings, dataset):
     if settings.shards == 'full':  # in lockstep one batch serves all
         batches = batches[:1]
     children, networks, students = zip(*make_networks(settings))
-    return Trainer(networks, students, children, batches, settings)
+    return Trainer(networks, students, children, batches, settings, CORES)
 
 
 # -------------------------------------------------------------------- threads
@@ -203,7 +203,6 @@ def work(trainer, settings, events, halt):
     An event for the main thread is a list of fields of `step` lines and a dict
     of Snapshots. They are made here: no other thread touches a MACH.
     """
-    torch.set_num_threads(CORES)
     every = settings.evaluate_every or settings.steps
     for tally in trainer.tallies:
         tally.begin()
@@ -345,7 +344,6 @@ def main(words):
     for number in signal.SIGINT, signal.SIGTERM:  # there are results to save
         signal.signal(number, lambda number, _: signals.append(number))
     snapshots = train(trainer, settings, dataset, signals)
-    torch.set_num_threads(CORES)
     metrics.say_finals(EXPERIMENT, dataset, settings, [
         found | snapshots[found['mach']].tally.totals() for found in evaluate(
             snapshots, settings, dataset.test_images, dataset.test_labels)

@@ -4,9 +4,13 @@ The MACH is the teacher. The one edge here is inside it, between its target head
 and the network below. The gradient that the head sends down is the Grad. It is
 applied `delay` steps after it was computed, with the parameters of that later
 step.
+
+The student learns on a thread of its own, beside the teacher. They share no
+parameters, so the result is the same as one after the other.
 """
 
 import collections
+import concurrent.futures
 import copy
 import math
 import typing
@@ -46,7 +50,7 @@ class Trainer:
         self._grads = collections.deque()  # (step, x, gradient), oldest first
         self._optimiser, self._schedule = make_optimiser([network], [student],
                                                          settings)
-        self._autocast = make_autocast(settings)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # the student's
 
     @property
     def steps_taken(self):
@@ -61,31 +65,46 @@ class Trainer:
         """
         tally, = self.tallies
         x, y = next(self.batches)
-        with self._autocast:
+        synthetic = self._thread.submit(self._mimic, x)
+        with make_autocast(self.settings):
             with torch.no_grad():
                 d = self.network(x)  # [B, E]
-            d.requires_grad_()  # a leaf: the edge is cut here
+            lesson = self._thread.submit(self._teach_student, synthetic, d)
+            d = d.detach().requires_grad_()  # a leaf: the edge is cut here
             logits = self.network.head(d).to(x.dtype)  # [B, 10]
             loss = functional.cross_entropy(
                 logits, y, label_smoothing=self.settings.label_smoothing)
-            synthetic_loss = students.synthetic_loss(self.student(x),
-                                                     d.unsqueeze(1))
         check_finite(loss, 'target loss')
-        check_finite(synthetic_loss, 'synthetic loss')
         loss.backward()  # the head's own gradients, and the Grad [B, E]
-        synthetic_loss.backward()
         self._grads.append((self.steps_taken, x, d.grad))
         if len(self._grads) > self.settings.delay:
             computed, late, gradient = self._grads.popleft()
-            with self._autocast:
+            with make_autocast(self.settings):
                 d = self.network(late)  # with the parameters of now
             d.backward(gradient)
             tally.grad(self.steps_taken - computed)
+        tally.lesson(lesson.result())
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._schedule.step()
-        tally.lesson(synthetic_loss)
         tally.step(loss, logits, y)
+
+    # These two run on the student's thread, one after the other.
+    def _mimic(self, x):
+        """x [B, 784] -> the student's output [B, 1, E]."""
+        with make_autocast(self.settings):
+            return self.student(x)
+
+    def _teach_student(self, synthetic, d):
+        """Backpropagates the loss of mimicking d [B, E]; returns that loss.
+
+        Args:
+            synthetic: Future of the student's output.
+        """
+        loss = students.synthetic_loss(synthetic.result(), d.unsqueeze(1))
+        check_finite(loss, 'synthetic loss')
+        loss.backward()
+        return loss
 
     def snapshot(self, networks=True, **ends):
         """0 -> Snapshot of now; with counts alone unless `networks`."""

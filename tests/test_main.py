@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import conftest
 import pytest
@@ -115,11 +116,12 @@ def without_time(log):
 
 
 @synchronous
-def test_same_seed_same_log_at_any_speed_of_evaluation(run_here, before,
-                                                       experiment):
+def test_same_seed_same_log_on_any_cores_at_any_speed_of_evaluation(
+        run_here, before, monkeypatch, experiment):
     found, pause = [], [0]
     before(experiment, 'evaluate', lambda *_: time.sleep(pause[0]))
-    for pause[0], seed in ((0, 7), (0.03, 7), (0, 8)):
+    for pause[0], seed, cores in ((0, 7, 1), (0.03, 7, 3), (0, 8, 1)):
+        monkeypatch.setattr(conftest.load_main(experiment), 'CORES', cores)
         code, log, _ = run_here(experiment, f'--seed={seed}', '--steps=12',
                                 '--evaluate_every=1')
         assert code == 0 and [f['step'] for f in log.evals] == [*range(1, 13)]
@@ -129,7 +131,7 @@ def test_same_seed_same_log_at_any_speed_of_evaluation(run_here, before,
 
 @every_experiment
 def test_training_goes_on_during_an_evaluation(run_here, before, experiment):
-    trainers, seen = set(), []
+    trainers, seen = weakref.WeakSet(), []
 
     def evaluate(snapshots, _, images, __):
         slowest = min(one.tally.steps for one in snapshots.values())
