@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import pathlib
-import sys
+import tempfile
 import zipfile
 
 import torch
@@ -18,6 +18,13 @@ from mach import data, metrics
 
 # Hyperparameters that may differ from the file's, or between processes.
 FREE = {*metrics.BOOKKEEPING, 'device', 'precision'} - {'seed'}
+
+
+def prepare(folder):
+    """Makes `folder`, unless that is ''; OSError if it cannot be written."""
+    if folder:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def save(trainer, folder):
@@ -41,17 +48,15 @@ def save(trainer, folder):
     except OSError as error:
         with contextlib.suppress(OSError):
             staged.unlink()
-        with contextlib.suppress(OSError):  # stderr may be on the same disk
-            step = trainer.steps_taken
-            print(f'warning: no checkpoint of step {step}: {error}',
-                  file=sys.stderr)
+        step = trainer.steps_taken
+        metrics.warn(f'warning: no checkpoint of step {step}: {error}')
 
 
 def resume(trainer, folder):
-    """Has a Trainer continue from its file in `folder`; without one it begins.
+    """Has a Trainer continue from its file in `folder`.
 
     Raises:
-        data.DataError: the file is damaged, or has other hyperparameters.
+        data.DataError: the file is damaged, or of other code or settings.
     """
     path, here = pathlib.Path(folder, trainer.file), vars(trainer.settings)
     try:
@@ -59,16 +64,20 @@ def resume(trainer, folder):
             if archive.testzip():  # torch.load does not check the sums
                 raise zipfile.BadZipFile
         state = torch.load(path, trainer.settings.device, weights_only=True)
-        there = state['hyperparameters']
+        there, parts = state['hyperparameters'], state['trainer']
+    except OSError as error:
+        raise data.DataError(f'cannot resume: {error}') from error
+    except Exception as error:  # pylint: disable=broad-except
+        raise data.DataError(f'{path} is damaged or cannot be read '
+                             f'({type(error).__name__})') from error
+    try:
         for name in there | here:
             if name not in FREE and there.get(name) != here.get(name):
                 raise data.DataError(f'{name} was {there.get(name)}, '
                                      f'now it is {here.get(name)}')
-        trainer.load_state_dict(state['trainer'])
-    except FileNotFoundError:
-        print(f'warning: no {path}: from the beginning', file=sys.stderr)
-    except data.DataError as error:
-        raise data.DataError(f'cannot resume from {path}: {error}') from error
+        trainer.load_state_dict(parts)
     except Exception as error:  # pylint: disable=broad-except
-        raise data.DataError(f'{path} is damaged or cannot be read '
-                             f'({type(error).__name__})') from error
+        # A fork may have other networks. torch then names each, one a line.
+        why = str(error).split('\n\t')[:2][-1]
+        why = f'{why} is missing' if isinstance(error, KeyError) else why
+        raise data.DataError(f'cannot resume from {path}: {why}') from error

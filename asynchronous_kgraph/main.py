@@ -15,14 +15,13 @@ deviation over 3 seeds; isolated 97.39) in 117 s of training on two cores, bf16.
 import os
 import signal
 
-# Ctrl-C during the imports, which take seconds: one could swallow an exception.
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == '__main__':  # Ctrl-C during the imports, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import collections
 import contextlib
 import dataclasses
-import difflib
 import math
 import pathlib
 import queue
@@ -36,7 +35,12 @@ import traceback
 import torch
 import tqdm
 
-sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
+HERE = pathlib.Path(__file__).resolve().parent
+ROOTS = [up for up in HERE.parents if (up / 'mach/metrics.py').is_file()]
+if not ROOTS:
+    print(f'{HERE}: needs the folder mach beside it or above', file=sys.stderr)
+    os._exit(2)
+sys.path[:0] = [str(HERE), str(ROOTS[0])]
 from mach import data, metrics
 import checkpoint
 import processes
@@ -45,7 +49,7 @@ from model import Mach
 from student import Student
 from trainer import Snapshot, Trainer
 
-EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
+EXPERIMENT = HERE.name
 CORES = torch.get_num_threads()
 GPUS = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
 torch.set_num_threads(1)  # a MACH is one thread, within its products too
@@ -160,8 +164,7 @@ def read_hyperparameters(words):
     words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        near, = difflib.get_close_matches(unknown[0], vars(values), 1, 0)
-        parser.error(f'unknown: {unknown[0]}; the closest is --{near}')
+        parser.error(metrics.explain(unknown[0].strip(), vars(values)))
     try:
         return Hyperparameters(**vars(values))
     except ValueError as error:
@@ -295,11 +298,9 @@ def work(trainer, settings, events, halt):
         checkpoint.save(trainer, settings.checkpoint)
         events.put(([], trainer.snapshot(ended=True)))
     except Exception:  # pylint: disable=broad-except
-        with contextlib.suppress(OSError):  # of stderr
-            print(
-                f'{EXPERIMENT}: mach {trainer.index} failed in step '
-                f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}',
-                file=sys.stderr)
+        metrics.warn(
+            f'{EXPERIMENT}: mach {trainer.index} failed in step '
+            f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}')
         events.put(([], trainer.snapshot(False, ended=True, failed=True)))
 
 
@@ -327,16 +328,20 @@ def train(trainers, settings, dataset, node):
     ]
     snapshots = {i: Snapshot(metrics.Tally(i)) for i in range(settings.k)}
     evaluated, deadline, running = 0, math.inf, True
-    node.begin()
-    for thread in threads:
-        thread.start()
+    for one, thread in zip(trainers, threads):
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system limits their number
+            metrics.warn(f'{EXPERIMENT}: mach {one.index} failed: {error}')
+            events.put(([], one.snapshot(False, ended=True, failed=True)))
     bar = tqdm.tqdm(total=settings.steps * len(trainers),
                     disable=node.rank > 0 or None)
     while running and time.monotonic() < deadline:
         bar.update(sum(one.steps_taken for one in trainers) - bar.n)
-        if node.signal or evaluated == settings.steps:
+        stopped = node.signal or metrics.FAILED
+        if stopped or evaluated == settings.steps:
             halt.set()
-            seconds = 2 if node.signal else 60  # a step may last longer
+            seconds = 2 if stopped else 60  # a step may last longer
             deadline = min(deadline, time.monotonic() + seconds)
         lines, news = node.news()
         with contextlib.suppress(queue.Empty):
@@ -352,7 +357,7 @@ def train(trainers, settings, dataset, node):
         ]
         running = not all(one.ended for one in here)
         slowest = min([one.tally.steps for one in here] or [0])
-        if slowest > evaluated and not node.signal:
+        if slowest > evaluated and not stopped:
             evaluated = slowest
             if settings.evaluate_every and metrics.OUTPUTS:
                 say_eval(evaluated, snapshots, settings, dataset)
@@ -404,6 +409,7 @@ def evaluate(snapshots, settings, images, labels):
         inputs = {i: one.student and one.student(x) for i, one in there.items()}
         for depth in range(settings.depth + 1):
             d = {i: one.network(x, inputs[i]) for i, one in there.items()}
+            answers = {i: there[i].network.answer(d[i]) for i in there}
             for i, one in there.items():
                 right = one.network.head(d[i]).argmax(1).cpu() == y
                 points = 100 * right.sum().item() / len(labels)
@@ -411,8 +417,7 @@ def evaluate(snapshots, settings, images, labels):
                 found[i]['real'] += points * (depth == settings.depth)
                 for position, child in enumerate(children[i]):
                     if child in there:  # inputs [B, C, E]
-                        answer = there[child].network.answer(d[child])
-                        inputs[i][:, position] = answer
+                        inputs[i][:, position] = answers[child]
     return list(found.values())
 
 
@@ -429,21 +434,21 @@ def main(words):
         dataset = data.load(settings.data, settings.validation)
         node = processes.Node(settings, dataset.name)
         trainers = node.adopt(make_trainers(settings, dataset))
-        if settings.checkpoint:
-            pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
-            settings.resume |= node.restarted
-        for one in trainers if settings.resume else ():
-            checkpoint.resume(one, settings.checkpoint)
-        for number in signal.SIGINT, signal.SIGTERM:  # from here on there are
-            signal.signal(number, node.interrupt)  # results to save
+        for one in trainers:
+            file = pathlib.Path(settings.checkpoint, one.file)
+            if settings.resume or node.restarted and file.is_file():
+                checkpoint.resume(one, settings.checkpoint)
+        checkpoint.prepare(settings.checkpoint)
+        metrics.catch_signals(node.interrupt)  # from here on there are results
         metrics.OUTPUTS[:] = node.open()
+        if not node.restarted:  # else the log has these lines
+            metrics.say_run(EXPERIMENT, dataset, settings, CORES, node.size)
+        if settings.dry_run or metrics.FAILED:
+            return int(bool(metrics.FAILED))
+        node.begin()
     except (data.DataError, OSError) as error:
-        print(f'{EXPERIMENT}: {error}', file=sys.stderr)
+        metrics.warn(f'{EXPERIMENT}: {error}')
         return 2
-    if not node.restarted:  # else the log has these lines
-        metrics.say_run(EXPERIMENT, dataset, settings)
-    if settings.dry_run:
-        return 0
     snapshots = train(trainers, settings, dataset, node)
     if metrics.OUTPUTS:
         metrics.say_finals(EXPERIMENT, dataset, settings, [
@@ -454,17 +459,15 @@ def main(words):
     node.leave()
     if node.signal:
         return 128 + node.signal
-    return int(any(one.network is None for one in snapshots.values()))
+    failed = any(one.network is None for one in snapshots.values())
+    return int(failed or bool(metrics.FAILED))
 
 
 if __name__ == '__main__':
     processes.supervise()
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(sys.argv[1:])
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:  # stdout is closed or full
-        print(f'{EXPERIMENT}: {error}', file=sys.stderr)
+    except Exception:  # pylint: disable=broad-except
+        metrics.warn(traceback.format_exc())
         status = 1
     os._exit(status)  # without waiting for a thread in the midst of a step

@@ -203,7 +203,8 @@ class Exchange:
         return True
 
     def count(self, tally):
-        """Adds the messages that were dropped or lost to a Tally."""
+        """Adds messages that were dropped or lost to a Tally; sets in_flight."""
+        tally.in_flight = len(self.mailbox)
         tally.dropped += self.dropped + self.mailbox.dropped
         for way in self.links.values():
             tally.dropped += way.dropped

@@ -70,6 +70,9 @@ class Mailbox:
         # It guards a few pointer moves, never a computation.
         self._arrival = threading.Condition()
 
+    def __len__(self):
+        return len(self._messages)
+
     def put(self, message, delay=0.0):
         """Adds a message, due in `delay` seconds; never waits for the owner."""
         with self._arrival:

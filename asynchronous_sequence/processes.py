@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from multiprocessing import connection
@@ -111,10 +110,10 @@ def supervise():
     """
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
         return
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
         os._exit(1)  # a process failed: torchrun is not to start all anew
     restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
-    numbers = signal.SIGINT, signal.SIGTERM
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     for attempt in range(restarts + 1):
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # none is missed
         child = os.fork()
@@ -136,12 +135,18 @@ def supervise():
             status = 128 - status
         if status >= 0:
             os._exit(status)
-        print(
-            f'process {os.environ["RANK"]} was killed by signal {-status}; the '
-            f'others go on, {restarts - attempt} restarts are left',
-            file=sys.stderr,
-            flush=True)
+        metrics.warn(f'process {os.environ["RANK"]} was killed by signal '
+                     f'{-status}; {restarts - attempt} restarts are left')
     os._exit(0)
+
+
+def variable(name, least, most, default):
+    """The whole number of an environment variable; else raises DataError."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise data.DataError(f'{name}={text} in the environment must be a whole'
+                             f' number, {least} to {most}')
+    return int(text)
 
 
 class Link:
@@ -219,7 +224,7 @@ class Peer(threading.Thread):
 class Node:
     """This process. MACH i lives in process i mod WORLD_SIZE.
 
-    It reads torchrun's variables and MACH_KEY. Without them it runs alone.
+    It reads torchrun's variables and MACH_KEY, unless it runs alone.
 
     Args:
         settings: the hyperparameters of main.py.
@@ -229,7 +234,7 @@ class Node:
         data.DataError: the environment does not fit the hyperparameters.
 
     Attributes:
-        rank: its number; process 0 prints the log.
+        rank: its number; process 0 prints the log. size: how many there are.
         restarted: whether it replaces a process that was killed.
         begun: whether it trains.
         signal: number of the signal that ends the run; 0: none.
@@ -237,21 +242,23 @@ class Node:
     """
 
     def __init__(self, settings, dataset):
-        get, self._settings = os.environ.get, settings
-        self.rank, size = int(get('RANK', 0)), int(get('WORLD_SIZE', 1))
-        self.restarted = int(get('MACH_ATTEMPT', 0)) > 0
-        local = int(get('LOCAL_RANK', self.rank))
-        hosts, self._key = settings.hosts.split(','), get('MACH_KEY',
-                                                          '').encode()
-        if not 0 <= self.rank < size <= settings.k:
+        self.size = size = variable('WORLD_SIZE', 1, 1000, 1)
+        self._settings, self.rank, port = settings, 0, 0
+        hosts = settings.hosts.split(',')
+        self._key = os.fsencode(os.environ.get('MACH_KEY', ''))
+        if size > settings.k:
             raise data.DataError(f'{size} processes need as many MACHs: '
                                  f'--k {size}')
-        if not settings.hosts and self.rank != local:
-            raise data.DataError('processes on several hosts need --hosts')
         if settings.hosts and not self._key:
             raise data.DataError('--hosts needs a secret that all processes '
                                  'have in their environment: MACH_KEY')
-        port = int(get('MASTER_PORT', 29500)) + 1  # torchrun has that port
+        if size > 1:
+            self.rank = variable('RANK', 0, size - 1, 0)
+            port = variable('MASTER_PORT', 1, 65535 - size, 29500) + 1
+            local = variable('LOCAL_RANK', 0, size - 1, self.rank)
+            if not settings.hosts and self.rank != local:
+                raise data.DataError('processes on several hosts need --hosts')
+        self.restarted = os.environ.get('MACH_ATTEMPT', '0') != '0'
         self._addresses = [(hosts[r * len(hosts) // size] or
                             '127.0.0.1', port + r) for r in range(size)]
         self._same = dict(vars(settings), dataset=dataset, processes=size)
@@ -260,7 +267,7 @@ class Node:
         self.begun, self.signal, self.own, self.newest = False, 0, [], {}
         self._elsewhere, self._ways = {}, {}  # Trainers; Links from there
         self._snapshots, self._lines = {}, collections.deque(maxlen=LINES)
-        self._refused, self._size = set(), size
+        self._refused, self._differs = set(), None  # why, from process 0
         self._strangers = threading.Semaphore(STRANGERS)
         self._peers = {r: Peer(self, r) for r in range(size) if r != self.rank}
 
@@ -268,7 +275,7 @@ class Node:
 
     def adopt(self, trainers):
         """Returns the Trainers of this process, with Links to all others."""
-        self.own = trainers[self.rank::self._size]
+        self.own = trainers[self.rank::self.size]
         for here in self.own:
             self.newest |= here.snapshot(networks=False)
         self._elsewhere = {
@@ -279,7 +286,7 @@ class Node:
                 if here.index in one.exchange.links:  # with latency and loss
                     way = one.exchange.links.pop(here.index)
                     self._ways[i, here.index] = way
-                    peer = self._peers[i % self._size]
+                    peer = self._peers[i % self.size]
                     here.exchange.links[i] = Link(peer, i)
         return self.own
 
@@ -294,9 +301,10 @@ class Node:
         outputs, folder = [] if self.rank else [None], self._settings.log_folder
         if folder:
             os.makedirs(folder, exist_ok=True)
+            more = self.restarted or self._settings.dry_run
             outputs.append(
                 open(f'{folder}/process{self.rank}.txt',
-                     'a' if self.restarted else 'w',
+                     'a' if more else 'w',
                      encoding='utf-8'))
         if self._peers:
             server = socket.create_server(self._addresses[self.rank],
@@ -308,10 +316,16 @@ class Node:
         return outputs
 
     def begin(self):
-        """Waits for the others up to PATIENCE; a second once one has begun."""
+        """Waits for the others up to PATIENCE; a second once one has begun.
+
+        Raises:
+            data.DataError: process 0 has other hyperparameters or data.
+        """
         gone, end = [0], time.monotonic() + PATIENCE
         while gone and time.monotonic() < end and not self.signal:
             time.sleep(0.02)
+            if self._differs:
+                raise data.DataError(f'process 0 differs: {self._differs}')
             gone = [
                 rank for rank, peer in self._peers.items()
                 if not (peer.wire and peer.connected)
@@ -336,14 +350,14 @@ class Node:
 
     def hears(self, index):
         """Whether the process of a MACH is there."""
-        rank = index % self._size
+        rank = index % self.size
         return rank == self.rank or self._peers[rank].wire is not None
 
     def tally(self, index):
         """The newest counts of a MACH elsewhere."""
         return self._elsewhere[index].tally
 
-    def interrupt(self, number, _):
+    def interrupt(self, number):
         """Handles a signal: it ends the run, in all processes."""
         self.signal = self.signal or int(number)
 
@@ -392,8 +406,9 @@ class Node:
             who = f'process {rank}'
             for name, here in self._same.items():
                 if there.get(name) != here:
-                    raise ValueError(
-                        f'{name} is {there.get(name)} there, {here} here')
+                    why = f'{name} is {there.get(name)} there, {here} here'
+                    self._differs = self._differs or rank == 0 and why
+                    raise ValueError(why)
             peer = self._peers[rank]
             wire.send_bytes(b'agreed')
             while True:
@@ -439,4 +454,4 @@ class Node:
             self._say(f'says: process {peer.rank} {what}')
 
     def _say(self, text):
-        print(f'process {self.rank} {text}', file=sys.stderr, flush=True)
+        metrics.warn(f'process {self.rank} {text}')

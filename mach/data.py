@@ -7,11 +7,11 @@ Every function takes its own seed.
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 import pathlib
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import zlib
@@ -19,6 +19,8 @@ import zlib
 import torch
 from torch.nn import functional
 from torchvision import datasets
+
+from mach import metrics
 
 CLASSES = 10
 SIDE = 28  # pixels; an image has SIDE rows of SIDE pixels
@@ -64,12 +66,11 @@ def load(folder='data', validation=5000, deadline=120.0):
     try:
         images, labels, test_images, test_labels = _read_mnist(folder, deadline)
     except ConnectionError as error:
-        print(
+        metrics.warn(
             f'warning: cannot get MNIST: {error}. This run uses drawn digits '
             'instead: expect other accuracies. To fix it, put '
             f'{".gz, ".join(SIZES)}.gz (from {datasets.MNIST.mirrors[0]}) in '
-            f'{folder}/MNIST/raw.',
-            file=sys.stderr)
+            f'{folder}/MNIST/raw.')
         name = 'drawn-digits'
         images, labels, test_images, test_labels = draw_digits()
     except OSError as error:
@@ -112,8 +113,7 @@ def _read_mnist(folder, deadline):
             elif (raw / gz).exists():
                 damaged.append(raw / gz)
         for path in damaged:
-            print(f'warning: {path} is damaged: it is not used',
-                  file=sys.stderr)
+            metrics.warn(f'warning: {path} is damaged: it is not used')
         _fetch(staging, deadline)
         raw.mkdir(parents=True, exist_ok=True)
         # Another run never sees half a file, because `replace` is atomic. A
@@ -155,7 +155,8 @@ def _fetch(folder, seconds):
     socket.setdefaulttimeout(min(seconds / 4, 15))
     thread = threading.Thread(target=work, daemon=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is the log
+        # Older versions of torchvision print what they do; stdout is the log.
+        with contextlib.redirect_stdout(io.StringIO()):
             thread.start()
             thread.join(seconds)
     finally:

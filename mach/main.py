@@ -8,13 +8,13 @@
 Any other --name value is a hyperparameter. It goes to each chosen experiment
 that has it. stdout shows the logs of the experiments, then the table; all else
 goes to stderr. Exit code: 0 done, 1 an experiment or stdout failed, 2 a bad
-option, 130 Ctrl-C.
+option, 130 Ctrl-C, 129 SIGHUP, 143 SIGTERM. After a signal the running
+experiment ends with its results so far.
 """
 
 import argparse
-import difflib
+import contextlib
 import itertools
-import math
 import os
 import pathlib
 import re
@@ -25,17 +25,23 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from mach import metrics
+from mach import compare, metrics
 
 EXPERIMENTS = ('synchronous_single', 'synchronous_sequence',
                'synchronous_kgraph', 'asynchronous_sequence',
                'asynchronous_kgraph')
-STOP_SECONDS = 10  # An experiment may take this long to end after Ctrl-C.
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+STOP_SECONDS = 20  # An experiment may take this long to end after a signal.
 
 
 def say(message):
     """Prints a line on stderr at once."""
-    print(f'mach: {message}', file=sys.stderr, flush=True)
+    metrics.warn(f'mach: {message}')
+
+
+def stop(number, _):
+    """Handles a signal like Ctrl-C, with its number as the argument."""
+    raise KeyboardInterrupt(number)
 
 
 def fail(message):
@@ -100,8 +106,11 @@ def read_words(words):
         parser.add_argument(f'--{name}', f'--{name.replace("_", "-")}')
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        near, = difflib.get_close_matches(unknown[0], vars(options), 1, 0)
-        fail(f'no chosen experiment has {unknown[0]}; the closest is --{near}')
+        fail(metrics.explain(unknown[0], vars(options)))
+    if getattr(options, 'seed', None) and options.seeds != [None]:
+        fail('--seed and --seeds exclude each other')
+    if options.compare and len(words) > 1 + len(options.compare):
+        fail('--compare takes logs and no other option')
     return options, chosen
 
 
@@ -153,14 +162,14 @@ def plan(options, chosen):
     return jobs
 
 
-def follow(process, log, deadline):
+def follow(process, log):
     """Copies a log to stdout until its process ends; returns the exit code.
 
     The copy comes from the file: a pipe stays open as long as a grandchild
-    lives. After the deadline the exit code is None.
+    lives.
     """
     code = None
-    while code is None and time.monotonic() < deadline:
+    while code is None:
         time.sleep(0.05)
         # The process has ended before the last read, so nothing is missed.
         code = process.poll()
@@ -172,19 +181,32 @@ def follow(process, log, deadline):
 def run(path, command):
     """Runs one experiment with its log at `path`.
 
+    After a signal, or if stdout fails, the experiment gets a signal too. It
+    then has STOP_SECONDS to write its results. A second signal kills it.
+
     Returns:
-        Its exit code; 130 after Ctrl-C, which the experiment gets as well.
+        Its exit code; 128 + the number of a signal.
     """
     say(f'{path.stem} -> {path}')
     with open(path, 'xb') as to, open(path, 'rb') as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=to)
         try:
-            return follow(process, log, math.inf)
-        except KeyboardInterrupt:
-            deadline = time.monotonic() + STOP_SECONDS
-            if follow(process, log, deadline) is None:
+            return follow(process, log)
+        except (KeyboardInterrupt, OSError) as error:
+            number = signal.SIGTERM
+            if isinstance(error, KeyboardInterrupt):
+                number = error.args[0]
+            process.send_signal(number)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
                 say(f'{path.stem} does not stop, killed')
-            return 130
+                process.kill()
+            if isinstance(error, OSError):
+                raise
+            with contextlib.suppress(OSError):
+                follow(process, log)
+            return 128 + number
         finally:
             process.kill()
             process.wait()
@@ -205,9 +227,10 @@ def main(words):
         paths.append(path)
         if code:
             say(f'{path.stem} ended with {code}')
-            status = code if code in (2, 130) else 1
-        if status in (2, 130):
-            break
+            ended = code == 2 or code - 128 in SIGNALS
+            status = code if ended else 1
+            if ended:
+                break
     logs = []
     for path in paths:
         try:
@@ -219,17 +242,18 @@ def main(words):
     if options.compare and not logs:
         fail('--compare: no log is left')
     if logs:
-        print('\n' * bool(jobs) + metrics.compare(logs), flush=True)
+        print('\n' * bool(jobs) + compare.compare(logs), flush=True)
     return status
 
 
 if __name__ == '__main__':
-    # SIGTERM stops the running experiment, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for one in SIGNALS:
+        if signal.getsignal(one) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(one, stop)
     try:
         sys.exit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + interrupt.args[0])
     except OSError as stdout_failed:
         say(f'stopped: {stdout_failed}')
         os._exit(1)  # sys.exit would flush stdout, which fails again

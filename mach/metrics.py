@@ -1,4 +1,4 @@
-"""What a MACH counts, the log of every experiment, the table of saved logs.
+"""What a MACH counts, and the log of every experiment.
 
 A line of a log is its kind, then `key value` fields, two spaces between them:
 
@@ -10,11 +10,13 @@ This file does not import torch, so that `--compare` starts at once.
 
 import contextlib
 import dataclasses
+import difflib
 import importlib
 import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,13 +33,23 @@ DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'staleness'), 2)
 BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'dry_run',
                'checkpoint', 'checkpoint_every', 'resume', 'hosts',
                'log_folder')
-# The files that `say` writes to; None is stdout.
-OUTPUTS = [None]
+# The files that `say` writes to; None is stdout. FAILED: errors of such a file.
+OUTPUTS, FAILED = [None], []
 # A MACH with nan in one of these fields has failed. The mean becomes nan too.
 RESULTS = ('synthetic', 'real', 'steps', 'rate')
 # How the mean line combines the lines of the MACHs, in the order of its keys.
 COMBINE = dict.fromkeys((*RESULTS, 'staleness'), statistics.fmean)
 COMBINE |= dict(staleness_max=max, dropped=sum, seconds=max, lost=sum)
+COMBINE |= dict(in_flight=sum)
+# What people type -> the hyperparameter that they mean.
+SYNONYMS = dict(
+    pair.split(':') for pair in (
+        'lr:learning_rate bs:batch_size batch:batch_size wd:weight_decay '
+        'epochs:steps iterations:steps workers:k nodes:k world_size:k '
+        'gpu:device cuda:device dir:data dataset:data').split())
+
+if sys.stderr is None:  # after `2>&-`; a library would fail to print there
+    sys.stderr = open(os.devnull, 'w', encoding='utf-8')
 
 
 class Tally:
@@ -49,11 +61,13 @@ class Tally:
         seconds: wall time from `begin` to the end of the last step.
         staleness_max: the largest staleness of an applied Grad, in steps.
         dropped, lost: messages; callers add to these two directly.
+        in_flight: messages that are still on their way; callers set it.
     """
 
     def __init__(self, index):
         self.index = index
         self.steps = self.staleness_max = self.dropped = self.lost = 0
+        self.in_flight = 0
         self.seconds = 0.0
         self._grads = self._staleness = 0
         self._open_window()
@@ -116,7 +130,7 @@ class Tally:
     def totals(self):
         """Fields of a `final` line, over the run."""
         names = ('steps', 'rate', 'staleness', 'staleness_max', 'dropped',
-                 'seconds', 'lost')
+                 'seconds', 'lost', 'in_flight')
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self):
@@ -182,12 +196,14 @@ class Log:
         name: the file, for messages.
         run, hparams: the fields of these lines.
         steps, evals, finals: the fields of each such line, in order.
+        skipped: how many lines stand before the run line.
     """
 
     def __init__(self, name):
         self.name = name
         self.run, self.hparams = {}, {}
         self.steps, self.evals, self.finals = [], [], []
+        self.skipped = 0
 
     @property
     def mean(self):
@@ -198,11 +214,15 @@ class Log:
 def parse_log(text, name='log'):
     """The one run in a text. Lines of unknown kinds are skipped.
 
+    So are lines before the run line: a launcher may have written them.
+
     Raises:
         ValueError: the text is not one log; the message begins with name:line.
     """
-    log = Log(name)
-    for number, line in enumerate(text.rstrip('\n').split('\n'), start=1):
+    log, lines = Log(name), text.rstrip('\n').split('\n')
+    starts = [i for i, line in enumerate(lines) if line.startswith('run  ')]
+    log.skipped = starts[0] if starts else 0
+    for number, line in enumerate(lines[log.skipped:], start=log.skipped + 1):
         try:
             kind, fields = parse_line(line)
             if (kind == 'run') == bool(log.run):
@@ -268,32 +288,50 @@ def mean(finals):
     return fields
 
 
+def warn(text):
+    """Prints a line on stderr, above a progress bar; no error if that fails."""
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.tqdm.write(text, file=sys.stderr)
+
+
 def say(kind, /, **fields):
     """Prints a line of the log to all `OUTPUTS`, above a progress bar, at once.
 
-    Raises:
-        OSError: stdout is closed or full, so the log would be lost.
+    If a file is closed or full, FAILED gets the error, and later lines go to
+    stderr, as does this one. The caller then ends the run.
     """
-    for output in OUTPUTS:
+    line = format_line(kind, **fields)
+    for i, output in enumerate(OUTPUTS):
         output = output or sys.stdout
-        if output is None:  # after `>&-`
-            raise OSError('stdout is closed')
-        tqdm.tqdm.write(format_line(kind, **fields), file=output)
-        output.flush()
+        try:
+            if output is None:  # after `>&-`
+                raise OSError('it is closed')
+            code = output.encoding or 'utf-8'  # some cannot express all paths
+            text = line.encode(code, 'backslashreplace').decode(code)
+            tqdm.tqdm.write(text, file=output)
+            output.flush()
+        except (OSError, ValueError) as error:
+            if output is not sys.stderr:
+                FAILED.append(error)
+                OUTPUTS[i] = sys.stderr
+                warn(f'cannot write the log: {error}; the run ends')
+                if kind != 'run':
+                    warn(line)
 
 
-def say_run(experiment, dataset, settings):
+def say_run(experiment, dataset, settings, threads, processes=1):
     """Prints the first two lines of the log.
 
     Args:
         experiment: its name.
         dataset: has a name and train_, validation_ and test_labels.
         settings: dataclass of the hyperparameters, with the chosen precision.
+        threads: how many compute at once; processes: how many there are.
     """
-    versions = {
-        name: importlib.import_module(name).__version__
-        for name in ('torch', 'torchvision', 'numpy')
-    }
+    modules = map(importlib.import_module, ('torch', 'torchvision', 'numpy'))
+    versions = {module.__name__: module.__version__ for module in modules}
+    # Products differ in their last digits between instruction sets.
+    cpu = importlib.import_module('torch.backends.cpu').get_cpu_capability()
     say('run',
         experiment=experiment,
         dataset=dataset.name,
@@ -305,8 +343,12 @@ def say_run(experiment, dataset, settings):
         precision=settings.precision,
         **versions,
         python=platform.python_version(),
-        commit=_commit())
-    say('hparams', **dataclasses.asdict(settings))
+        commit=_commit(),
+        threads=threads,
+        processes=processes,
+        cpu=cpu)
+    if not FAILED:
+        say('hparams', **dataclasses.asdict(settings))
 
 
 def say_finals(experiment, dataset, settings, finals):
@@ -319,86 +361,6 @@ def say_finals(experiment, dataset, settings, finals):
     head = dict(experiment=experiment, dataset=dataset.name, seed=settings.seed)
     for final in [*finals, mean(finals)]:
         say('final', **head, **final)
-
-
-def _flaw(log):
-    """Why a run does not count, or None."""
-    if log.mean is None:
-        return 'no final line of mach mean'
-    if any(math.isnan(log.mean.get(key, 0)) for key in RESULTS):
-        return 'a MACH failed'
-    steps, asked = log.mean.get('steps', math.inf), log.hparams.get('steps', 0)
-    return f'{steps} of {asked} steps' if steps < asked else None
-
-
-def _cell(logs, key, decimals=2):
-    """'mean +- std' of a field; std is that of a sample (n - 1)."""
-    values = [log.mean[key] for log in logs if key in log.mean]
-    if not values:
-        return '-'
-    text = f'{statistics.fmean(values):.{decimals}f}'
-    if len(values) > 1:
-        text += f' +- {statistics.stdev(values):.{decimals}f}'
-    return text
-
-
-def _settings(log):
-    """The hyperparameters that all runs in a row of the table share."""
-    hidden = (*BOOKKEEPING, 'connected')
-    return {k: v for k, v in log.hparams.items() if k not in hidden}
-
-
-def _differs(log, logs):
-    """'depth 1, steps 400': the settings of `log` that vary among `logs`."""
-    rows = [_settings(other) for other in logs]
-    names = dict.fromkeys(name for row in rows for name in row if name != 'k')
-    return ', '.join(f'{name} {log.hparams.get(name, "-")}' for name in names
-                     if len({row.get(name) for row in rows}) > 1)
-
-
-def compare(logs):
-    """The table of runs: a row per experiment, dataset and hyperparameters.
-
-    A cell is mean +- std over the n runs that differ in `BOOKKEEPING` alone:
-    accuracies in %, seconds of training. The column isolated shows the real
-    accuracy of the runs with `connected False`. The last column names the
-    settings in which the rows of an experiment differ. Runs that stopped early
-    or have a failed MACH are left out with a warning on stderr. A second run of
-    a seed counts, with a warning.
-    """
-    groups, seen = {}, set()
-    for log in logs:
-        if _flaw(log):
-            print(f'{log.name}: {_flaw(log)}, left out', file=sys.stderr)
-            continue
-        row = (log.run.get('experiment'), log.run.get('dataset'),
-               frozenset(_settings(log).items()))
-        groups.setdefault(row, []).append(log)
-        run = row, log.hparams.get('connected'), log.run.get('seed')
-        if run in seen:
-            print(f'{log.name}: seed {run[-1]} counts again', file=sys.stderr)
-        seen.add(run)
-    rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
-             'seconds', 'differs in')]
-    for (experiment, dataset, _), group in groups.items():
-        connected = [run for run in group if run.hparams.get('connected', True)]
-        isolated = [run for run in group if run not in connected]
-        runs = connected or isolated
-        alone = _cell(isolated, 'real')
-        if isolated and len(isolated) != len(runs):
-            alone += f' (n={len(isolated)})'
-        firsts = [
-            runs[0] for row, runs in groups.items() if row[0] == experiment
-        ]
-        row = [experiment, dataset, group[0].hparams.get('k', '-'), len(runs)]
-        row += [_cell(connected, 'real'), _cell(connected, 'synthetic'), alone]
-        row += [_cell(runs, 'seconds', 1), _differs(group[0], firsts)]
-        rows.append([str(cell) for cell in row])
-    if not any(row[-1] for row in rows[1:]):
-        rows = [row[:-1] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join(
-        '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def choose_precision(asked, device):
@@ -423,3 +385,39 @@ def choose_precision(asked, device):
 
     faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
     return 'bf16' if faster else 'fp32'
+
+
+def catch_signals(end):
+    """Has the first signal call end(number). One a second later exits at once.
+
+    Within that second, a terminal and a launcher may both pass on one Ctrl-C.
+    """
+    times = []
+
+    def handle(number, _):
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 1:
+            os._exit(128 + number)
+        if len(times) == 1:
+            end(number)
+            with contextlib.suppress(OSError):  # print cannot interrupt print
+                os.write(2, b'ends with the results so far; again: at once\n')
+
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handle)
+
+
+def explain(word, names):
+    """What to say about an unknown word of a command line.
+
+    Args:
+        word: such as '--lr', or '2' of `--seed 1 2`.
+        names: of all hyperparameters and options.
+    """
+    name = word.split('=')[0].lstrip('-').replace('-', '_')
+    if not word.startswith('-'):
+        return f'{word} belongs to no option: each one takes one value'
+    near = difflib.get_close_matches(SYNONYMS.get(name, name), names, 1)
+    return f'no option {word}; ' + (f'the closest is --{near[0]}'
+                                    if near else '--help names them all')

@@ -15,13 +15,12 @@ log.
 import os
 import signal
 
-# Ctrl-C during the imports, which take seconds: one could swallow an exception.
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == '__main__':  # Ctrl-C during the imports, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
 import pathlib
 import queue
@@ -35,14 +34,19 @@ import traceback
 import torch
 import tqdm
 
-sys.path.insert(1, str(pathlib.Path(__file__).resolve().parent.parent))
+HERE = pathlib.Path(__file__).resolve().parent
+ROOTS = [up for up in HERE.parents if (up / 'mach/metrics.py').is_file()]
+if not ROOTS:
+    print(f'{HERE}: needs the folder mach beside it or above', file=sys.stderr)
+    os._exit(2)
+sys.path[:0] = [str(HERE), str(ROOTS[0])]
 from mach import data, metrics
 import checkpoint
 from model import Mach
 from student import Student
 from trainer import Trainer
 
-EXPERIMENT = pathlib.Path(__file__).resolve().parent.name
+EXPERIMENT = HERE.name
 CORES = torch.get_num_threads()
 GPUS = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
 torch.set_num_threads(1)  # a product on one: no result depends on CORES
@@ -147,8 +151,7 @@ def read_hyperparameters(words):
     words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        near, = difflib.get_close_matches(unknown[0], vars(values), 1, 0)
-        parser.error(f'unknown: {unknown[0]}; the closest is --{near}')
+        parser.error(metrics.explain(unknown[0].strip(), vars(values)))
     try:
         return Hyperparameters(**vars(values))
     except ValueError as error:
@@ -232,11 +235,9 @@ def work(trainer, settings, events, halt):
         checkpoint.save(trainer, settings.checkpoint)
         events.put(([], trainer.snapshot(ended=True)))
     except Exception:  # pylint: disable=broad-except
-        with contextlib.suppress(OSError):  # of stderr
-            print(
-                f'{EXPERIMENT}: training failed in step '
-                f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}',
-                file=sys.stderr)
+        metrics.warn(
+            f'{EXPERIMENT}: training failed in step '
+            f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}')
         events.put(([], trainer.snapshot(False, ended=True, failed=True)))
 
 
@@ -263,7 +264,7 @@ def train(trainer, settings, dataset, signals):
     bar = tqdm.tqdm(total=settings.steps, disable=None)
     while not snapshots[0].ended and time.monotonic() < deadline:
         bar.update(trainer.steps_taken - bar.n)
-        if signals and not halt.is_set():
+        if (signals or metrics.FAILED) and not halt.is_set():
             halt.set()
             deadline = time.monotonic() + 2  # seconds: a step may last longer
         try:
@@ -319,6 +320,7 @@ def evaluate(snapshots, settings, images, labels):
         inputs = {i: one.student and one.student(x) for i, one in there.items()}
         for depth in range(settings.depth + 1):
             d = {i: one.network(x, inputs[i]) for i, one in there.items()}
+            answers = {i: there[i].network.answer(d[i]) for i in there}
             for i, one in there.items():
                 right = one.network.head(d[i]).argmax(1).cpu() == y
                 points = 100 * right.sum().item() / len(labels)
@@ -326,8 +328,7 @@ def evaluate(snapshots, settings, images, labels):
                 found[i]['real'] += points * (depth == settings.depth)
                 for position, child in enumerate(children[i]):
                     if child in there:  # inputs [B, C, E]
-                        answer = there[child].network.answer(d[child])
-                        inputs[i][:, position] = answer
+                        inputs[i][:, position] = answers[child]
     return list(found.values())
 
 
@@ -341,20 +342,20 @@ def main(words):
     settings.precision = metrics.choose_precision(settings.precision,
                                                   settings.device)
     try:
+        if os.environ.get('TORCHELASTIC_RUN_ID'):
+            raise data.DataError('it is one process: run it without torchrun')
         dataset = data.load(settings.data, settings.validation)
         trainer = make_trainer(settings, dataset)
-        if settings.checkpoint:
-            pathlib.Path(settings.checkpoint).mkdir(parents=True, exist_ok=True)
         if settings.resume:
             checkpoint.resume(trainer, settings.checkpoint)
+        checkpoint.prepare(settings.checkpoint)
     except (data.DataError, OSError) as error:
-        print(f'{EXPERIMENT}: {error}', file=sys.stderr)
+        metrics.warn(f'{EXPERIMENT}: {error}')
         return 2
-    metrics.say_run(EXPERIMENT, dataset, settings)
-    if settings.dry_run:
-        return 0
-    for number in signal.SIGINT, signal.SIGTERM:  # there are results to save
-        signal.signal(number, lambda number, _: signals.append(number))
+    metrics.say_run(EXPERIMENT, dataset, settings, CORES)
+    if settings.dry_run or metrics.FAILED:
+        return int(bool(metrics.FAILED))
+    metrics.catch_signals(signals.append)  # there are results to save
     snapshots = train(trainer, settings, dataset, signals)
     metrics.say_finals(EXPERIMENT, dataset, settings, [
         found | snapshots[found['mach']].tally.totals() for found in evaluate(
@@ -362,16 +363,14 @@ def main(words):
     ])
     if signals:
         return 128 + signals[0]
-    return int(any(one.failed for one in snapshots.values()))
+    failed = any(one.failed for one in snapshots.values())
+    return int(failed or bool(metrics.FAILED))
 
 
 if __name__ == '__main__':
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main(sys.argv[1:])
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:  # stdout is closed or full
-        print(f'{EXPERIMENT}: {error}', file=sys.stderr)
+    except Exception:  # pylint: disable=broad-except
+        metrics.warn(traceback.format_exc())
         status = 1
     os._exit(status)  # without waiting for a thread in the midst of a step

@@ -421,12 +421,14 @@ def _run_here(monkeypatch, dataset):
     def run_here(experiment, *words):
         main, before = load_main(experiment), threading.enumerate()
         out, err = io.StringIO(), io.StringIO()
-        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM
         handlers = [signal.getsignal(number) for number in numbers]
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'stdout', out)
             patch.setattr(sys, 'stderr', err)
             patch.setattr(tqdm.tqdm, 'monitor_interval', 0)  # no thread
+            patch.setattr(metrics, 'OUTPUTS', [None])
+            patch.setattr(metrics, 'FAILED', [])
             if '--data=' not in ' '.join(words):
                 patch.setattr(data, 'load', lambda *_: dataset)
             signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
