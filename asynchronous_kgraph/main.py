@@ -439,6 +439,7 @@ def main(words):
             if settings.resume or node.restarted and file.is_file():
                 checkpoint.resume(one, settings.checkpoint)
         checkpoint.prepare(settings.checkpoint)
+        checkpoint.prepare(settings.log_folder)
         metrics.catch_signals(node.interrupt)  # from here on there are results
         metrics.OUTPUTS[:] = node.open()
         if not node.restarted:  # else the log has these lines

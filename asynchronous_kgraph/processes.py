@@ -299,14 +299,11 @@ class Node:
         Raises:
             OSError: the address or the folder cannot be used.
         """
-        outputs, folder = [] if self.rank else [None], self._settings.log_folder
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-            more = self.restarted or self._settings.dry_run
-            outputs.append(
-                open(f'{folder}/process{self.rank}.txt',
-                     'a' if more else 'w',
-                     encoding='utf-8'))
+        outputs, settings = [] if self.rank else [None], self._settings
+        if settings.log_folder and not settings.dry_run:
+            path = f'{settings.log_folder}/process{self.rank}.txt'
+            mode = 'a' if self.restarted else 'w'
+            outputs.append(open(path, mode, encoding='utf-8'))
         if self._peers:
             server = socket.create_server(self._addresses[self.rank],
                                           backlog=128)
@@ -401,6 +398,8 @@ class Node:
             try:
                 connection.deliver_challenge(wire, self._key)
                 connection.answer_challenge(wire, self._key)
+            except connection.AuthenticationError:
+                raise ValueError('it has another MACH_KEY') from None
             finally:
                 self._strangers.release()
             rank, there = json.loads(wire.recv_bytes())

@@ -195,7 +195,7 @@ def run(path, command):
         except (KeyboardInterrupt, OSError) as error:
             number = signal.SIGTERM
             if isinstance(error, KeyboardInterrupt):
-                number = error.args[0]
+                number = error.args[0] if error.args else signal.SIGINT
             process.send_signal(number)
             try:
                 process.wait(STOP_SECONDS)

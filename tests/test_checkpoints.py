@@ -91,16 +91,16 @@ def test_each_mach_continues_from_its_last_file(run_here, before, tmp_path,
 
     before(experiment, 'step', fail)
     before(experiment, 'work', lambda one, *_: began.append(one.steps_taken))
-    words = [f'--checkpoint={path}', '--checkpoint_every=2', '--resume=True']
-    code, _, err = run_here(experiment, *words)
-    last, count = max(path.iterdir()), len(list(path.iterdir()))
-    assert (code, err.count('warning: no ')) == (1, count)
-    last.unlink()
+    words = [f'--checkpoint={path}', '--checkpoint_every=2']
+    assert run_here(experiment, *words)[0] == 1
+    count = len(list(path.iterdir()))
     stop.clear()
-    code, log, err = run_here(experiment, *words)
+    code, log, err = run_here(experiment, *words, '--resume=True')
     assert code == 0 and {f['steps'] for f in log.finals} == {6}
-    assert sorted(began) == [0] * (count + 1) + [4] * (count - 1)
-    assert err == f'warning: no {last}: from the beginning\n'
+    assert sorted(began) == [0] * count + [4] * count and err == ''
+    max(path.iterdir()).unlink()
+    check_refused(run_here, experiment, [*words, '--resume=True'],
+                  'cannot resume: ', path)
 
 
 @asynchronous
@@ -152,28 +152,42 @@ class Evil:
 @every_experiment
 def test_damaged_files_are_refused(run_here, monkeypatch, tmp_path, experiment):
     words = [f'--checkpoint={tmp_path}', '--resume=True']
-    assert run_here(experiment, *words)[0] == 0
+    assert run_here(experiment, words[0])[0] == 0
     monkeypatch.chdir(tmp_path)
     path = max(tmp_path.iterdir())
     content, state = path.read_bytes(), torch.load(path)
     half = len(content) // 2  # in the midst of a tensor's numbers
     flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1:]
-    del state['trainer']['optimiser']
-    for spoilt in (b'', content[:half], flipped, [1, 2], state, Evil()):
+    for spoilt in (b'', content[:half], flipped, [1, 2], Evil()):
         if isinstance(spoilt, bytes):
             path.write_bytes(spoilt)
         else:
             torch.save(spoilt, path)
         check_refused(run_here, experiment, words, f'{path} is damaged')
     assert not (tmp_path / 'evil').exists()
-    for file in path, path / 'below':
-        check_refused(run_here, experiment, [f'--checkpoint={file}'], file)
+    del state['trainer']['optimiser']
+    torch.save(state, path)
+    check_refused(run_here, experiment, words,
+                  f"{path}: 'optimiser' is missing")
+
+
+@every_experiment
+def test_networks_of_other_shapes_are_named(run_here, monkeypatch, tmp_path,
+                                            experiment):
+    words = [f'--checkpoint={tmp_path}', '--resume=True']
+    assert run_here(experiment, words[0])[0] == 0
+    main = conftest.load_main(experiment)
+    monkeypatch.setattr(main,
+                        'Mach',
+                        lambda count, _, e, of=main.Mach: of(count, 48, e))
+    check_refused(run_here, experiment, words, 'cannot resume from ',
+                  'local.0.weight', '[32, 784]', '[48, 784]')
 
 
 @every_experiment
 def test_other_hyperparameters_are_refused(run_here, tmp_path, experiment):
     words = [f'--checkpoint={tmp_path}', '--resume=True']
-    code, log, _ = run_here(experiment, *words)
+    code, log, _ = run_here(experiment, words[0])
     file = min(tmp_path.iterdir())
     for other in 'seed=1 steps=3 batch_size=17 delay=3 share=0.5'.split():
         name, value = other.split('=')

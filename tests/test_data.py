@@ -357,7 +357,8 @@ def test_recorded_results_still_hold():
         with pytest.raises(data.DataError, match='a shard of 200 images'):
             data.deal(dataset, 3, 'disjoint', size, 2)
     images, labels, *_ = data.draw_digits(90, 10)
-    assert zlib.crc32(images.numpy()) == 3463554744
+    # Older versions of torch round a few pixels to the next grey.
+    assert images.float().mean().item() == pytest.approx(34.637, abs=.01)
     assert labels[:8].tolist() == [5, 5, 2, 6, 3, 1, 8, 5]
     assert not torch.equal(images, data.draw_digits(90, 10, seed=1)[0])
 

@@ -145,8 +145,10 @@ def test_seeds_and_isolated_have_files_of_their_own():
 
 
 @pytest.mark.parametrize('words, said', [
-    ('--only a --see 5', 'has --see; the closest is --seed'),
-    ('--only a --note 5', 'has --note; the closest is --'),
+    ('--only a --see 5', 'no option --see; the closest is --seed'),
+    ('--only a --note 5', 'no option --note; --help'),
+    ('--only a --seed 1 --seeds 1,2', '--seed and --seeds'),
+    ('--compare bad.txt --seeds 1', '--compare takes'),
     ('--only a --k 11', 'a cannot run'),
     ('--only nowhere', 'nowhere; choose from synchronous_single'),
     ('--only mach', 'no experiment mach'),
@@ -195,8 +197,12 @@ def test_an_experiment_that_ignores_ctrl_c_is_killed(monkeypatch, tmp_path,
     assert 'log does not stop, killed' in capsys.readouterr().err
 
 
-def test_sigterm_stops_the_experiment():
-    assert disturb(SLEEP, subprocess.Popen.terminate)[0] == 143
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_it_too(number):
+    body = ('signal.signal(NUMBER, lambda *_: sys.exit(print("step  2  mach 0"'
+            f'))); {SLEEP}').replace('NUMBER', str(int(number)))
+    code, out, err = disturb(body, lambda p: p.send_signal(number))
+    assert code == 128 + number and 'step  2' in out and 'Trace' not in err
 
 
 def test_a_closed_pipe_stops_it():
@@ -216,7 +222,7 @@ def test_the_last_line_before_the_end_is_shown(tmp_path, capsys):
     log.write_text('')
     with open(log, 'rb') as file:
         process = types.SimpleNamespace(poll=lambda: log.write_text('last'))
-        assert main.follow(process, file, float('inf')) == len('last')
+        assert main.follow(process, file) == len('last')
     assert capsys.readouterr().out == 'last'
 
 

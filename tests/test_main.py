@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 
@@ -40,10 +41,11 @@ GIVEN |= dict(learning_rate=2e-3, student_learning_rate=3e-3)
 # with drawn digits; MNIST is easier.
 FLOORS = dict.fromkeys(SEVERAL, (89, 89)) | dict(synchronous_single=(80, 88))
 RUN_KEYS = ('experiment dataset train validation test seed device precision '
-            'torch torchvision numpy python commit').split()
+            'torch torchvision numpy python commit threads processes '
+            'cpu').split()
 STEP_KEYS = 'step mach loss train synthetic_loss staleness rate'.split()
 FINAL_KEYS = ('experiment dataset seed mach synthetic real steps rate '
-              'staleness staleness_max dropped seconds lost').split()
+              'staleness staleness_max dropped seconds lost in_flight').split()
 
 
 @every_experiment
@@ -118,8 +120,9 @@ def without_time(log):
 @synchronous
 def test_same_seed_same_log_on_any_cores_at_any_speed_of_evaluation(
         run_here, before, monkeypatch, experiment):
-    found, pause = [], [0]
+    found, pause, threads = [], [0], set()
     before(experiment, 'evaluate', lambda *_: time.sleep(pause[0]))
+    before(experiment, 'step', lambda *_: threads.add(torch.get_num_threads()))
     for pause[0], seed, cores in ((0, 7, 1), (0.03, 7, 3), (0, 8, 1)):
         monkeypatch.setattr(conftest.load_main(experiment), 'CORES', cores)
         code, log, _ = run_here(experiment, f'--seed={seed}', '--steps=12',
@@ -127,6 +130,30 @@ def test_same_seed_same_log_on_any_cores_at_any_speed_of_evaluation(
         assert code == 0 and [f['step'] for f in log.evals] == [*range(1, 13)]
         found.append(without_time(log))
     assert found[0] == found[1] != found[2]
+    assert threads == {1}  # several for one product depend on idle cores
+
+
+@pytest.mark.parametrize('experiment',
+                         ['synchronous_sequence', 'synchronous_kgraph'])
+def test_lockstep_computes_on_several_threads(run_here, before, monkeypatch,
+                                              experiment):
+    both = threading.Barrier(2)
+    before(experiment, '_learn', lambda *_: both.wait(conftest.LONG))
+    monkeypatch.setattr(conftest.load_main(experiment), 'CORES', 2)
+    assert run_here(experiment, '--k=2')[0] == 0
+
+
+def test_a_student_learns_beside_its_teacher(run_here, before, monkeypatch):
+    both, single = threading.Barrier(2), EXPERIMENTS[0]
+    trainer = conftest.load(single).trainer
+
+    def loss(*args, then=torch.nn.functional.cross_entropy, **names):
+        both.wait(conftest.LONG)
+        return then(*args, **names)
+
+    monkeypatch.setattr(trainer.functional, 'cross_entropy', loss)
+    before(single, '_teach_student', lambda *_: both.wait(conftest.LONG))
+    assert run_here(single)[0] == 0
 
 
 @every_experiment
@@ -317,14 +344,13 @@ BAD_VALUES = dict(line.strip().split(maxsplit=1) for line in """
     checkpoint_every 0 1.5; device gpu cuda:99""".split(';'))
 ANY_TEXT = {'data', 'checkpoint', 'hosts', 'log_folder'}
 REFUSED = [  # otherwise; and what the one line says
-    ('--mailbox 64', 'unknown: --mailbox; the closest is --'),
-    ('--recent 64', 'unknown: --recent; the closest is --'),
-    ('--patience 60', 'unknown: --patience; the closest is --'),
-    ('--wire_precision fp16', 'unknown: --wire_precision; the closest is --'),
-    ('--strict_data True', 'unknown: --strict_data; the closest is --'),
+    ('--mailbox 64', 'no option --mailbox; --help'),
+    ('--strict_data True', 'no option --strict_data; --help'),
     ('--lerning-rate=1', 'the closest is --learning_rate'),
-    ('--step 3', 'unknown: --step; the closest is --steps'),  # no abbreviation
-    ('--steps 3 xyzzy', 'unknown: xyzzy'),
+    ('--lr=1', 'the closest is --learning_rate'),
+    ('--gpu 0', 'the closest is --device'),
+    ('--step 3', 'no option --step; the closest is --steps'),  # no abbreviation
+    ('--seed 0 1 2', '1 belongs to no option: each one takes one value'),
     ('--steps', '--steps'),
     ('--steps=', "--steps: must be int, 1 to 1000000000, not ''"),
     ('--neighbours 3 --k 3', '--neighbours'),
@@ -370,8 +396,17 @@ def test_refused_in_one_line(run_here, tmp_path, experiment):
         if needed <= names:
             check_refused(run_here, experiment, words.split(), message)
     (tmp_path / 'file').touch()
-    for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
-        check_refused(run_here, experiment, [f'--data={path}'], path)
+    for name in names & {'--data', '--checkpoint', '--log_folder'}:
+        for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+            check_refused(run_here, experiment,
+                          [f'{name}={path}', '--dry_run=True'], path)
+
+
+@synchronous
+def test_torchrun_is_refused_where_there_is_one_process(run_here, monkeypatch,
+                                                        experiment):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    check_refused(run_here, experiment, [], 'without torchrun')
 
 
 @every_experiment
@@ -482,14 +517,17 @@ def test_a_signal_while_a_mach_hangs(run_here, before, experiment):
     assert nan == [False, True, False, False, True]
 
 
-INT, TERM, STEP, BEGIN = signal.SIGINT, signal.SIGTERM, '\nstep', '\nhparams'
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+STEP, BEGIN = '\nstep', '\nhparams'
 SIGNALS = [
     ('synchronous_single', STEP, [INT] * 3),
-    ('synchronous_sequence', STEP, [TERM]),
+    ('synchronous_sequence', STEP, [HUP]),
     ('synchronous_kgraph', STEP, [INT, TERM]),
     ('asynchronous_sequence', STEP, [TERM] * 2),
-    ('asynchronous_kgraph', STEP, [INT]),
+    ('asynchronous_kgraph', STEP, [HUP]),
     ('asynchronous_kgraph', BEGIN, [TERM]),
+    # A second later, a second one ends it at once, without results.
+    ('asynchronous_kgraph', BEGIN, [INT, None, INT]),
     # The imports: there are no results yet.
     ('synchronous_single', r'\| *argparse\n', [INT]),
     ('asynchronous_sequence', r'\| *torch\n', [INT]),
@@ -507,12 +545,16 @@ def test_signals_to_processes(tmp_path):
                               *words) as process:
             assert wait_until(lambda: re.search(moment, process.said()))
             for one in signals:
-                process.send_signal(one)
-                time.sleep(0.05)
+                if one:
+                    process.send_signal(one)
+                time.sleep(0.05 if one else 1.2)
             code, out, err = process.end()
         assert code == 128 + signals[0], experiment
         assert 'Traceback' not in err and 'terminate called' not in err
-        if moment in (STEP, BEGIN):
+        if None in signals:
+            assert 'final' not in out
+        elif moment in (STEP, BEGIN):
+            assert err.count('ends with the results so far') == 1
             log = metrics.parse_log(out)
             assert len(log.finals) == log.hparams.get('k', 1) + 1
             assert log.mean['steps'] < 1000000
@@ -521,35 +563,85 @@ def test_signals_to_processes(tmp_path):
     conftest.two_at_a_time(run, range(len(SIGNALS)))
 
 
+def test_nohup_goes_on_after_sighup(tmp_path):
+    with conftest.running(tmp_path / 'run',
+                          'synchronous_single',
+                          '--steps=400',
+                          '--log_every=10',
+                          prefix=['nohup']) as process:
+        assert wait_until(lambda: STEP in process.said())
+        process.send_signal(HUP)
+        code, out, _ = process.end()
+    assert code == 0 and metrics.parse_log(out).mean['steps'] == 400
+
+
 # -------------------------------------------------- stdout, data, other folders
 
 
-@pytest.mark.parametrize('experiment, redirect', [
-    ('synchronous_kgraph', ''),
-    ('asynchronous_kgraph', '>/dev/full'),
-    ('asynchronous_sequence', '>&-'),
+@pytest.mark.parametrize('experiment, redirect, number', [
+    ('synchronous_kgraph', '', None),
+    ('asynchronous_sequence', '', INT),
+    ('asynchronous_kgraph', '>/dev/full', None),
+    ('asynchronous_sequence', '>&-', None),
 ])
-def test_stdout_that_fails(tmp_path, experiment, redirect):
+def test_stdout_that_fails(tmp_path, experiment, redirect, number):
+    """As with `| head -3`, or a Ctrl-C that also ends `| tee log.txt`."""
     with conftest.running(tmp_path / 'run',
                           experiment,
                           '--steps=1000000',
                           '--log_every=1',
+                          f'--checkpoint={tmp_path}/saved',
                           prefix=['sh', '-c', f'exec "$@" {redirect}', 'sh'],
                           out=subprocess.PIPE) as process:
-        for _ in range(0 if redirect else 3):  # as `| head -3` does
+        for _ in range(0 if redirect else 3):
             assert process.stdout.readline()
         process.stdout.close()
+        if number:
+            process.send_signal(number)
         code, _, err = process.end()
-    *warnings, line = err.splitlines()
-    assert code == 1 and line.startswith(f'{experiment}: ')
-    assert all(warning.startswith('warning') for warning in warnings)
+    lines = [l for l in err.splitlines() if not l.startswith('warning')]
+    assert code == (128 + number if number else 1) and 'Traceback' not in err
+    assert sum('cannot write the log: ' in line for line in lines) == 1
+    finals = [line for line in lines if line.startswith('final')]
+    assert len(finals) == (0 if redirect else 4)  # of three MACHs, and the mean
+    assert bool(os.listdir(tmp_path / 'saved')) == (not redirect)
+    assert not redirect or len(lines) == 1
+
+
+@pytest.mark.parametrize('experiment', [EXPERIMENTS[0], EXPERIMENTS[-1]])
+def test_stderr_may_be_closed(tmp_path, experiment):
+    with conftest.running(tmp_path / 'run',
+                          experiment,
+                          '--steps=9',
+                          '--hidden=32',
+                          prefix=['sh', '-c', 'exec "$@" 2>&-', 'sh']) as one:
+        code, out, _ = one.end()
+    assert code == 0 and metrics.parse_log(out).mean['steps'] == 9
+
+
+@asynchronous
+def test_other_machs_finish_when_a_thread_cannot_start(run_here, monkeypatch,
+                                                       experiment):
+
+    def start(thread, then=threading.Thread.start):
+        if thread._args and getattr(thread._args[0], 'index', 0) == 1:
+            raise RuntimeError("can't start new thread")
+        then(thread)
+
+    monkeypatch.setattr(threading.Thread, 'start', start)
+    code, log, err = run_here(experiment)
+    assert (code,
+            err) == (1,
+                     f"{experiment}: mach 1 failed: can't start new thread\n")
+    nan = [math.isnan(final['real']) for final in log.finals]
+    assert nan == [f['mach'] in (1, 'mean') for f in log.finals]
 
 
 def test_a_copy_of_a_folder_is_an_experiment_of_its_own(tmp_path):
     ignored = shutil.ignore_patterns('__pycache__')
-    for old, new in (('mach', 'mach'), ('asynchronous_kgraph', 'my_idea')):
+    for old, new in (('mach', 'mach'), ('asynchronous_kgraph', 'f/my_idea')):
         shutil.copytree(conftest.ROOT / old, tmp_path / new, ignore=ignored)
-    folder = tmp_path / 'my_idea'
+    folder = tmp_path / 'f/my_idea'
     text = (folder / 'main.py').read_text(encoding='utf-8')
     text = text.replace('seed: int = hparam(0', 'seed: int = hparam(7')
     (folder / 'main.py').write_text(text, encoding='utf-8')

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from mach import metrics
+from mach import compare, metrics
 
 NAN = math.nan
 # The log of a finished run, with lines of two kinds that the reader skips.
@@ -63,7 +63,7 @@ def test_tally_counts(monkeypatch):
         'staleness 2.00  rate 0.3')
     assert metrics.format_line('final', **resumed.totals()) == (
         'final  steps 4  rate 0.3  staleness 2.00  staleness_max 4  dropped 7  '
-        'seconds 12.0  lost 0')
+        'seconds 12.0  lost 0  in_flight 0')
 
 
 def test_lines_are_written_as_they_are_read():
@@ -84,7 +84,7 @@ BAD = ('hello', 'final  real', 'final  real 97 ', 'final   real 97',
 
 @pytest.mark.parametrize(
     'lines, number',
-    [([], 1), (LINES[1:], 1),
+    [([], 1), (LINES[1:], 1), (['nohup: x'], 1),
      (LINES + LINES, 11), *(([LINES[0], line], 2) for line in BAD)])
 def test_what_is_no_log_is_refused_with_its_place(tmp_path, lines, number):
     path = tmp_path / 'bad.txt'
@@ -101,6 +101,9 @@ def test_a_log_is_read_but_for_unknown_kinds_and_a_cut_line(tmp_path):
     assert [step['mach'] for step in log.steps] == [0, 1]
     assert log.evals == [dict(step=5, mach='mean', real=90.0, seconds=9.1)]
     assert log.finals == [FIRST, SECOND, log.mean] and log.mean == MEAN
+    assert log.skipped == 0
+    path.write_text('\n'.join(['nohup: ignoring input', '', *LINES]))
+    assert metrics.read_log(path).skipped == 2
     path.write_text('\n'.join(LINES))
     assert metrics.read_log(path).mean is None
 
@@ -110,13 +113,14 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
     dataset.validation_labels, dataset.test_labels = 'ab', 'abc'
     names = 'seed', 'device', 'precision'
     settings = dataclasses.make_dataclass('Settings', names)(3, 'cpu', 'bf16')
-    metrics.say_run('x', dataset, settings)
+    metrics.say_run('x', dataset, settings, 2, processes=3)
     metrics.say_finals('x', dataset, settings, [FIRST, SECOND])
     run, hparams, *finals = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         'run  experiment x  dataset MNIST  train 4  validation 2  test 3  '
         'seed 3  device cpu  precision bf16  torch 2.*  torchvision .*  '
-        r'numpy .*  python 3.*  commit (none|\w{7}(-dirty)?)', run)
+        r'numpy .*  python 3.*  commit (none|\w{7}(-dirty)?)  threads 2  '
+        r'processes 3  cpu \w+', run)
     assert hparams == 'hparams  seed 3  device cpu  precision bf16'
     head = 'final  experiment x  dataset MNIST  seed 3'
     assert finals == [LINES[i].replace('final', head) for i in (6, 7, 9)]
@@ -124,9 +128,21 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown))
     metrics.say('step', step=1)
     assert shown.getvalue() == b'step  1\n', 'the line must be shown at once'
+    monkeypatch.setattr(metrics, 'OUTPUTS', [None])
+    monkeypatch.setattr(metrics, 'FAILED', [])
     monkeypatch.setattr(sys, 'stdout', None)  # as after `>&-`
-    with pytest.raises(OSError):
-        metrics.say('step', step=1)
+    for step in 1, 2:
+        metrics.say('step', step=step)
+    assert len(metrics.FAILED) == 1  # the caller ends the run
+    assert capsys.readouterr().err == (
+        'cannot write the log: it is closed; the run ends\nstep  1\nstep  2\n')
+
+
+def test_no_path_breaks_a_line(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown, 'ascii'))
+    metrics.say('hparams', data='\xe9 \udcff')
+    assert shown.getvalue() == b'hparams  data \\xe9 \\udcff\n'
 
 
 def test_commit_says_whether_the_code_is_committed(tmp_path, monkeypatch):
@@ -161,10 +177,15 @@ def test_a_failed_mach_shows_in_the_mean(order):
     assert metrics.mean([dict(mach=0, real=1.0)]) == dict(mach='mean', real=1.0)
 
 
-def make_log(experiment='x', real=98.0, seed=0, dataset='MNIST', **hparams):
+def make_log(experiment='x',
+             real=98.0,
+             seed=0,
+             dataset='MNIST',
+             run=(),
+             **hparams):
     """The log of a finished run."""
     log = metrics.Log(f'{experiment}.{seed}')
-    log.run = dict(experiment=experiment, dataset=dataset, seed=seed)
+    log.run = dict(run, experiment=experiment, dataset=dataset, seed=seed)
     log.hparams = dict(k=5, data=f'/{seed}', steps=9) | hparams
     log.finals = [FIRST, MEAN | dict(real=real)]
     return log
@@ -172,12 +193,12 @@ def make_log(experiment='x', real=98.0, seed=0, dataset='MNIST', **hparams):
 
 def table(*logs):
     """The rows of the comparison, as lists of cells."""
-    return [re.split('  +', line) for line in metrics.compare(logs).split('\n')]
+    return [re.split('  +', line) for line in compare.compare(logs).split('\n')]
 
 
 def test_a_row_is_one_experiment_dataset_and_settings():
     logs = [make_log(real=96 + seed, seed=seed) for seed in (1, 2, 3)]
-    assert metrics.compare([make_log('longer_than_its_column'), *logs]) == '''\
+    assert compare.compare([make_log('longer_than_its_column'), *logs]) == '''\
 experiment              dataset  k  n  real           synthetic      isolated  seconds
 longer_than_its_column  MNIST    5  1  98.00          90.50          -         61.0
 x                       MNIST    5  3  98.00 +- 1.00  90.50 +- 0.00  -         61.0 +- 0.0'''
@@ -186,6 +207,20 @@ x                       MNIST    5  3  98.00 +- 1.00  90.50 +- 0.00  -         6
         assert [row[3] for row in rows] == ['n', '3', '1']
     rows = table(make_log(d=1, lr=.1), make_log(lr=.1, k=7), make_log('y', d=3))
     assert [row[8:] for row in rows] == [['differs in'], ['d 1'], ['d -'], []]
+
+
+def test_a_row_is_one_code_and_one_machine(capsys):
+    run = dict(commit='12e4567', threads=2, processes=1)
+    logs = [make_log(run=run, seed=seed) for seed in (1, 2)]
+    for name, value in ('commit', '12e4567-dirty'), ('threads',
+                                                     1), ('processes', 5):
+        others = [make_log(run=run | {name: value}, seed=s) for s in (1, 2)]
+        rows = table(*logs, *others)
+        assert [row[3] for row in rows] == ['n', '2', '2']
+        assert [row[8] for row in rows[1:]
+               ] == [f'{name} {run[name]}', f'{name} {value}']
+    assert capsys.readouterr(
+    ).err == 'x: 2 runs of 12e4567-dirty share a row, though their code may differ\n'
 
 
 def test_isolated_runs_fill_a_column():
@@ -204,11 +239,14 @@ def test_what_does_not_count_is_named(capsys):
     logs[1].mean['steps'] = 4
     logs[2].mean['rate'] = NAN
     logs[3].finals.pop()
+    logs[0].skipped = 2
     assert table(*logs, make_log(connected=False), logs[0])[1][3] == '2'
     assert capsys.readouterr().err == '''\
+x.0: 2 lines before the run line skipped
 x.1: 4 of 9 steps, left out
 x.2: a MACH failed, left out
 x.3: no final line of mach mean, left out
+x.0: 2 lines before the run line skipped
 x.0: seed 0 counts again
 '''
 
@@ -226,5 +264,5 @@ def test_precision_is_the_faster_one(monkeypatch, seconds, chosen):
 
 
 def test_torch_is_not_imported():
-    code = 'from mach import metrics; assert "torch" not in metrics.sys.modules'
+    code = 'from mach import compare, metrics; assert "torch" not in metrics.sys.modules'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)

@@ -222,9 +222,9 @@ def test_all_begin_together_and_a_late_one_alone(nodes, capsys, monkeypatch):
 def test_a_signal_goes_round_and_some_hyperparameters_may_differ(nodes):
     two = first, second = nodes(0), nodes(1, log_every=5, precision='fp32')
     assert wait_until(lambda: joined(two))
-    second.interrupt(signal.SIGINT, None)
+    second.interrupt(signal.SIGINT)
     assert wait_until(lambda: first.signal == signal.SIGINT)
-    first.interrupt(signal.SIGTERM, None)
+    first.interrupt(signal.SIGTERM)
     assert first.signal == signal.SIGINT  # the first counts
 
 
@@ -243,7 +243,7 @@ def test_silence_is_said_once_by_the_lowest(nodes, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('other, whys', [
-    (dict(key='another'), ['a connection: Authentication'] * 2),
+    (dict(key='another'), ['a connection: it has another MACH_KEY'] * 2),
     (dict(seed=1), [
         'process 1: seed is 1 there, 0 here',
         'process 0: seed is 0 there, 1 here'
@@ -265,6 +265,11 @@ def test_a_process_that_differs_is_refused_once(nodes, capsys, other, whys):
             zip(sorted(capsys.readouterr().err.splitlines()), whys,
                 strict=True)):
         assert line.startswith(f'process {rank} refuses {why}')
+    if 'key' not in other:  # process 0 has the hyperparameters that count
+        with pytest.raises(data.DataError) as refused:
+            two[1].begin()
+        _, hint = whys[1].split(': ')
+        assert str(refused.value) == f'process 0 differs: {hint}'
 
 
 def test_strangers_are_harmless(nodes, monkeypatch, capsys):
@@ -303,7 +308,11 @@ def test_a_bad_frame_ends_its_connection_alone(nodes, capsys):
 
 @pytest.mark.parametrize('names, hosts, message', [
     (dict(WORLD_SIZE='4'), '', '4 processes need as many MACHs: --k 4'),
-    (dict(RANK='2'), '', 'need as many'),
+    (dict(RANK='5', WORLD_SIZE='2'), '', 'RANK=5 in .*, 0 to 1'),
+    (dict(WORLD_SIZE='-1'), '', 'WORLD_SIZE=-1'),
+    (dict(WORLD_SIZE='2', MASTER_PORT='tcp://10.0.0.1:80'), '', 'MASTER_PORT'),
+    (dict(WORLD_SIZE='2', MASTER_PORT='65535'), '', 'MASTER_PORT=.*65533'),
+    (dict(WORLD_SIZE='2', LOCAL_RANK=''), '', 'LOCAL_RANK'),
     (dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='0'), '', 'need --hosts'),
     (dict(WORLD_SIZE='2'), '10.0.0.1,10.0.0.2', 'MACH_KEY'),
 ])
@@ -315,10 +324,21 @@ def test_an_environment_that_does_not_fit(monkeypatch, names, hosts, message):
         processes.Node(main.Hyperparameters(k=3, hosts=hosts), 'greys')
 
 
+def test_a_run_of_one_process_reads_no_variable(monkeypatch):
+    for name in 'RANK', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR':
+        monkeypatch.setenv(name, 'tcp://10.0.0.1:80')
+    settings = conftest.load_main(EXPERIMENT).Hyperparameters()
+    node = processes.Node(settings, 'greys')
+    assert (node.rank, node.size, node.restarted) == (0, 1, False)
+
+
 # ------------------------------------------------------------------- supervise
 
 # The function alone: no test here waits for torch to be imported.
-SUPERVISED = 'import contextlib, ctypes, os, signal, sys, time\n'
+SUPERVISED = f'''import contextlib, ctypes, os, signal, sys, time
+sys.path.insert(0, {str(conftest.ROOT)!r})
+from mach import metrics
+'''
 SUPERVISED += inspect.getsource(processes.supervise) + '''
 supervise()
 print('attempt', os.environ.get('MACH_ATTEMPT'), os.getpid(), flush=True)
@@ -347,7 +367,7 @@ def test_a_killed_child_alone_is_started_again(then, code, attempts):
     assert process.returncode == code
     assert re.findall(r'attempt (\d)', out) == list(attempts)
     assert len(set(re.findall(r'\d (\d+)', out))) == len(attempts)
-    killed = re.findall(r'signal 9; .* (\d) restarts', err)
+    killed = re.findall(r'signal 9; (\d) restarts', err)
     assert killed == (['2', '1', '0'] if len(attempts) > 1 else [])
 
 
@@ -359,6 +379,7 @@ def test_without_torchrun_nothing_is_forked():
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130),
                                           (signal.SIGTERM, 143),
+                                          (signal.SIGHUP, 129),
                                           (signal.SIGKILL, -9)])
 def test_signals_reach_the_child_which_ends_with_its_parent(number, code):
     process = supervised('time.sleep(60)', TORCHELASTIC_RUN_ID='none')
