@@ -145,8 +145,7 @@ def variable(name, least, most, default):
     """The whole number of an environment variable; else raises DataError."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or not least <= int(text) <= most:
-        raise data.DataError(f'{name}={text} in the environment must be a whole'
-                             f' number, {least} to {most}')
+        raise data.DataError(f'{name}={text} must be {least} to {most}')
     return int(text)
 
 

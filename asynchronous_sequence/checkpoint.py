@@ -35,7 +35,7 @@ def save(trainer, folder):
     if not folder:
         return
     path, content = pathlib.Path(folder, trainer.file), io.BytesIO()
-    staged = path.with_suffix('.new')
+    staged = path.with_suffix(f'.{os.getpid()}.new')  # of this run alone
     torch.save(
         dict(hyperparameters=dict(vars(trainer.settings)),
              trainer=trainer.state_dict()), content)

@@ -37,8 +37,7 @@ import tqdm
 HERE = pathlib.Path(__file__).resolve().parent
 ROOTS = [up for up in HERE.parents if (up / 'mach/metrics.py').is_file()]
 if not ROOTS:
-    print(f'{HERE}: needs the folder mach beside it or above', file=sys.stderr)
-    os._exit(2)
+    sys.exit(f'{HERE}: needs the folder mach beside it, or further up')
 sys.path[:0] = [str(HERE), str(ROOTS[0])]
 from mach import data, metrics
 import checkpoint
@@ -115,6 +114,7 @@ class Hyperparameters:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             setattr(self, field.name, read(field, getattr(self, field.name)))
+        self.precision = metrics.choose_precision(self.precision, self.device)
         if self.resume and not self.checkpoint:
             raise ValueError('--resume needs the folder --checkpoint')
         if self.slow_mach >= self.k:
@@ -128,11 +128,14 @@ def read(field, value):
     Raises:
         ValueError: it is beyond its limits; the message names it.
     """
-    kind, limits = field.type, field.metadata['limits']
+    kind, limits = field.type, field.metadata.get('limits')
+    if kind not in (int, float, bool, str):
+        raise ValueError(f'--{field.name}: cannot be a {kind}')
+    limits = limits or ('False', 'True') * (kind is bool)
     text = str(value).strip()
     with contextlib.suppress(ValueError):
         if kind in (int, float):
-            if limits[0] <= kind(text) <= limits[1]:
+            if not limits or limits[0] <= kind(text) <= limits[1]:
                 return kind(text)
         elif not limits or text in limits:
             return text == 'True' if kind is bool else text
@@ -152,13 +155,12 @@ def read_hyperparameters(words):
     parser.error = lambda message: parser.exit(2, f'{EXPERIMENT}: {message}\n')
     for field in dataclasses.fields(Hyperparameters):
         names = f'--{field.name}', f'--{field.name.replace("_", "-")}'
-        parser.add_argument(
-            *dict.fromkeys(names),
-            dest=field.name,
-            default=field.default,
-            metavar=field.type.__name__,
-            help=f'{field.metadata["reason"]} '
-            f'{field.metadata["limits"]}; default {field.default}')
+        known = *field.metadata.values(), f'default {field.default}'
+        parser.add_argument(*dict.fromkeys(names),
+                            dest=field.name,
+                            default=field.default,
+                            metavar=getattr(field.type, '__name__', 'value'),
+                            help='; '.join(map(str, known)).replace('%', '%%'))
     # A space keeps argparse from taking a number such as -1e-3 for an option.
     words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
@@ -287,7 +289,7 @@ def work(trainer, settings, events, halt):
             trainer.serve(0.05)
         checkpoint.save(trainer, settings.checkpoint)
         events.put(([], trainer.snapshot(ended=True)))
-    except Exception:  # pylint: disable=broad-except
+    except BaseException:  # pylint: disable=broad-except
         metrics.warn(
             f'{EXPERIMENT}: mach {trainer.index} failed in step '
             f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}')
@@ -310,16 +312,15 @@ def train(trainers, settings, dataset, node):
     """
     # Bounded: if evaluations fall far behind, training waits for them.
     events, halt = queue.Queue(4 * len(trainers)), threading.Event()
-    threads = [
-        threading.Thread(target=work,
-                         args=(one, settings, events, halt),
-                         daemon=True) for one in trainers
-    ]
     snapshots = {i: Snapshot(metrics.Tally(i)) for i in range(settings.k)}
-    evaluated, deadline, running = 0, math.inf, True
-    for one, thread in zip(trainers, threads):
+    threads, evaluated, deadline, running = [], 0, math.inf, True
+    for one in trainers:
+        thread = threading.Thread(target=work,
+                                  args=(one, settings, events, halt),
+                                  daemon=True)
         try:
             thread.start()
+            threads.append(thread)
         except RuntimeError as error:  # the system limits their number
             metrics.warn(f'{EXPERIMENT}: mach {one.index} failed: {error}')
             events.put(([], one.snapshot(False, ended=True, failed=True)))
@@ -416,36 +417,35 @@ def evaluate(snapshots, settings, images, labels):
 def main(words):
     """Runs the experiment and prints its log; returns the exit status."""
     settings = read_hyperparameters(words)
-    settings.precision = metrics.choose_precision(settings.precision,
-                                                  settings.device)
-    try:
-        dataset = data.load(settings.data, settings.validation)
-        node = processes.Node(settings, dataset.name)
-        trainers = node.adopt(make_trainers(settings, dataset))
-        for one in trainers:
-            file = pathlib.Path(settings.checkpoint, one.file)
-            if settings.resume or node.restarted and file.is_file():
-                checkpoint.resume(one, settings.checkpoint)
-        checkpoint.prepare(settings.checkpoint)
-        checkpoint.prepare(settings.log_folder)
-        metrics.catch_signals(node.interrupt)  # from here on there are results
-        metrics.OUTPUTS[:] = node.open()
-        if not node.restarted:  # else the log has these lines
-            metrics.say_run(EXPERIMENT, dataset, settings, CORES, node.size)
-        if settings.dry_run or metrics.FAILED:
-            return int(bool(metrics.FAILED))
-        node.begin()
-    except (data.DataError, OSError) as error:
-        metrics.warn(f'{EXPERIMENT}: {error}')
-        return 2
-    snapshots = train(trainers, settings, dataset, node)
-    if metrics.OUTPUTS:
-        metrics.say_finals(EXPERIMENT, dataset, settings, [
-            found | snapshots[found['mach']].tally.totals()
-            for found in evaluate(snapshots, settings, dataset.test_images,
-                                  dataset.test_labels)
-        ])
-    node.leave()
+    with contextlib.ExitStack() as stack:
+        try:
+            dataset = data.load(settings.data, settings.validation)
+            node = processes.Node(settings, dataset.name)
+            trainers = node.adopt(make_trainers(settings, dataset))
+            for one in trainers:
+                file = pathlib.Path(settings.checkpoint, one.file)
+                if settings.resume or node.restarted and file.is_file():
+                    checkpoint.resume(one, settings.checkpoint)
+            checkpoint.prepare(settings.checkpoint)
+            checkpoint.prepare(settings.log_folder)
+            stack.enter_context(metrics.catch_signals(node.interrupt))
+            metrics.OUTPUTS[:] = node.open()
+            if not node.restarted:  # else the log has these lines
+                metrics.say_run(EXPERIMENT, dataset, settings, CORES, node.size)
+            if settings.dry_run or metrics.FAILED:
+                return int(bool(metrics.FAILED))
+            node.begin()
+        except (data.DataError, OSError) as error:
+            metrics.warn(f'{EXPERIMENT}: {error}')
+            return 2
+        snapshots = train(trainers, settings, dataset, node)
+        if metrics.OUTPUTS:
+            metrics.say_finals(EXPERIMENT, dataset, settings, [
+                found | snapshots[found['mach']].tally.totals()
+                for found in evaluate(snapshots, settings, dataset.test_images,
+                                      dataset.test_labels)
+            ])
+        node.leave()
     if node.signal:
         return 128 + node.signal
     failed = any(one.network is None for one in snapshots.values())
@@ -459,4 +459,5 @@ if __name__ == '__main__':
     except Exception:  # pylint: disable=broad-except
         metrics.warn(traceback.format_exc())
         status = 1
-    os._exit(status)  # without waiting for a thread in the midst of a step
+    if status or threading.active_count() > 1:
+        os._exit(status)  # without waiting for a thread in the midst of a step

@@ -59,8 +59,7 @@ def compare(logs):
     groups, seen = {}, set()
     for log in logs:
         if log.skipped:
-            metrics.warn(
-                f'{log.name}: {log.skipped} lines before the run line skipped')
+            metrics.warn(f'{log.name}: {log.skipped} lines are no log lines')
         if _flaw(log):
             metrics.warn(f'{log.name}: {_flaw(log)}, left out')
             continue

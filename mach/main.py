@@ -139,7 +139,9 @@ def plan(options, chosen):
                 if values.get(key):
                     values[key] += f'/{name}'
             log = pathlib.Path(options.logs, f'{name}.txt')
-            if log in jobs or log.exists():
+            if log in jobs:
+                fail(f'{name} is asked for twice')
+            if log.exists():
                 fail(f'{log} must not exist yet; choose another --logs')
             # Without a buffer, a line is shown when it is printed.
             jobs[log] = [sys.executable, '-u', str(path)]
@@ -237,6 +239,7 @@ def main(words):
             logs.append(metrics.read_log(path))
         except ValueError as error:
             say(f'{error}, left out')
+            status = status or int(bool(jobs))
         except OSError as error:
             fail(error)
     if options.compare and not logs:

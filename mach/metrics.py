@@ -20,6 +20,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import timeit
 
@@ -41,6 +42,9 @@ RESULTS = ('synthetic', 'real', 'steps', 'rate')
 COMBINE = dict.fromkeys((*RESULTS, 'staleness'), statistics.fmean)
 COMBINE |= dict(staleness_max=max, dropped=sum, seconds=max, lost=sum)
 COMBINE |= dict(in_flight=sum)
+# A line of the log, and the kinds of lines that a reader needs.
+LINE = r'\w+(  \w+ \S+( \S+)*)+'
+KINDS = ('run', 'hparams', 'step', 'eval', 'final')
 # What people type -> the hyperparameter that they mean.
 SYNONYMS = dict(
     pair.split(':') for pair in (
@@ -48,6 +52,7 @@ SYNONYMS = dict(
         'epochs:steps iterations:steps workers:k nodes:k world_size:k '
         'gpu:device cuda:device dir:data dataset:data').split())
 
+tqdm.tqdm.monitor_interval = 0  # no thread that would outlive the run
 if sys.stderr is None:  # after `2>&-`; a library would fail to print there
     sys.stderr = open(os.devnull, 'w', encoding='utf-8')
 
@@ -170,7 +175,7 @@ def parse_line(line):
         ValueError: the line is not in the grammar; the message quotes it.
     """
     text = re.sub('^step  ', 'step  step ', line.rstrip('\n'))
-    if not re.fullmatch(r'\w+(  \w+ \S+( \S+)*)+', text):
+    if not re.fullmatch(LINE, text):
         raise ValueError(f'not a log line: {line!r:.100}')
     kind, *words = text.split('  ')
     pairs = (word.split(' ', maxsplit=1) for word in words)
@@ -196,7 +201,7 @@ class Log:
         name: the file, for messages.
         run, hparams: the fields of these lines.
         steps, evals, finals: the fields of each such line, in order.
-        skipped: how many lines stand before the run line.
+        skipped: how many lines were no log lines.
     """
 
     def __init__(self, name):
@@ -214,22 +219,26 @@ class Log:
 def parse_log(text, name='log'):
     """The one run in a text. Lines of unknown kinds are skipped.
 
-    So are lines before the run line: a launcher may have written them.
+    So are lines that begin like none of a log: of a launcher, or a print().
 
     Raises:
         ValueError: the text is not one log; the message begins with name:line.
     """
-    log, lines = Log(name), text.rstrip('\n').split('\n')
-    starts = [i for i, line in enumerate(lines) if line.startswith('run  ')]
-    log.skipped = starts[0] if starts else 0
-    for number, line in enumerate(lines[log.skipped:], start=log.skipped + 1):
+    log = Log(name)
+    for number, line in enumerate(text.rstrip('\n').split('\n'), start=1):
+        if line.split('  ')[0].rstrip() not in KINDS:
+            log.skipped += not re.fullmatch(LINE, line)
+            continue
         try:
             kind, fields = parse_line(line)
             if (kind == 'run') == bool(log.run):
-                raise ValueError('only the first line of a log is a run line')
+                raise ValueError('the first line of a log is its one run line')
             if kind in ('step', 'eval', 'final') and any(
                     isinstance(fields.get(key), str) for key in DECIMALS):
                 raise ValueError(f'a word in place of a number: {line!r:.100}')
+            if fields.get('seed', log.run.get('seed')) != log.run.get(
+                    'seed') and kind == 'final':
+                raise ValueError('a line of another run')
         except ValueError as error:
             raise ValueError(f'{name}:{number}: {error}') from None
         if kind in ('run', 'hparams'):
@@ -387,12 +396,13 @@ def choose_precision(asked, device):
     return 'bf16' if faster else 'fp32'
 
 
+@contextlib.contextmanager
 def catch_signals(end):
     """Has the first signal call end(number). One a second later exits at once.
 
     Within that second, a terminal and a launcher may both pass on one Ctrl-C.
     """
-    times = []
+    times, before = [], {}
 
     def handle(number, _):
         times.append(time.monotonic())
@@ -403,9 +413,16 @@ def catch_signals(end):
             with contextlib.suppress(OSError):  # print cannot interrupt print
                 os.write(2, b'ends with the results so far; again: at once\n')
 
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, handle)
+    # Python handles signals in the main thread alone. nohup ignores SIGHUP.
+    main = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * main:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def explain(word, names):

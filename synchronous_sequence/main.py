@@ -37,8 +37,7 @@ import tqdm
 HERE = pathlib.Path(__file__).resolve().parent
 ROOTS = [up for up in HERE.parents if (up / 'mach/metrics.py').is_file()]
 if not ROOTS:
-    print(f'{HERE}: needs the folder mach beside it or above', file=sys.stderr)
-    os._exit(2)
+    sys.exit(f'{HERE}: needs the folder mach beside it, or further up')
 sys.path[:0] = [str(HERE), str(ROOTS[0])]
 from mach import data, metrics
 import checkpoint
@@ -102,6 +101,7 @@ class Hyperparameters:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             setattr(self, field.name, read(field, getattr(self, field.name)))
+        self.precision = metrics.choose_precision(self.precision, self.device)
         if self.resume and not self.checkpoint:
             raise ValueError('--resume needs the folder --checkpoint')
 
@@ -113,11 +113,14 @@ def read(field, value):
     Raises:
         ValueError: it is beyond its limits; the message names it.
     """
-    kind, limits = field.type, field.metadata['limits']
+    kind, limits = field.type, field.metadata.get('limits')
+    if kind not in (int, float, bool, str):
+        raise ValueError(f'--{field.name}: cannot be a {kind}')
+    limits = limits or ('False', 'True') * (kind is bool)
     text = str(value).strip()
     with contextlib.suppress(ValueError):
         if kind in (int, float):
-            if limits[0] <= kind(text) <= limits[1]:
+            if not limits or limits[0] <= kind(text) <= limits[1]:
                 return kind(text)
         elif not limits or text in limits:
             return text == 'True' if kind is bool else text
@@ -137,13 +140,12 @@ def read_hyperparameters(words):
     parser.error = lambda message: parser.exit(2, f'{EXPERIMENT}: {message}\n')
     for field in dataclasses.fields(Hyperparameters):
         names = f'--{field.name}', f'--{field.name.replace("_", "-")}'
-        parser.add_argument(
-            *dict.fromkeys(names),
-            dest=field.name,
-            default=field.default,
-            metavar=field.type.__name__,
-            help=f'{field.metadata["reason"]} '
-            f'{field.metadata["limits"]}; default {field.default}')
+        known = *field.metadata.values(), f'default {field.default}'
+        parser.add_argument(*dict.fromkeys(names),
+                            dest=field.name,
+                            default=field.default,
+                            metavar=getattr(field.type, '__name__', 'value'),
+                            help='; '.join(map(str, known)).replace('%', '%%'))
     # A space keeps argparse from taking a number such as -1e-3 for an option.
     words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
@@ -223,7 +225,7 @@ def work(trainer, settings, events, halt):
                 checkpoint.save(trainer, settings.checkpoint)
         checkpoint.save(trainer, settings.checkpoint)
         events.put(([], trainer.snapshot(ended=True)))
-    except Exception:  # pylint: disable=broad-except
+    except BaseException:  # pylint: disable=broad-except
         metrics.warn(
             f'{EXPERIMENT}: training failed in step '
             f'{trainer.steps_taken + 1}: {traceback.format_exc().rstrip()}')
@@ -327,8 +329,6 @@ def evaluate(snapshots, settings, images, labels):
 def main(words):
     """Runs the experiment and prints its log; returns the exit status."""
     settings, signals = read_hyperparameters(words), []
-    settings.precision = metrics.choose_precision(settings.precision,
-                                                  settings.device)
     try:
         if os.environ.get('TORCHELASTIC_RUN_ID'):
             raise data.DataError('it is one process: run it without torchrun')
@@ -343,12 +343,13 @@ def main(words):
     metrics.say_run(EXPERIMENT, dataset, settings, CORES)
     if settings.dry_run or metrics.FAILED:
         return int(bool(metrics.FAILED))
-    metrics.catch_signals(signals.append)  # there are results to save
-    snapshots = train(trainer, settings, dataset, signals)
-    metrics.say_finals(EXPERIMENT, dataset, settings, [
-        found | snapshots[found['mach']].tally.totals() for found in evaluate(
-            snapshots, settings, dataset.test_images, dataset.test_labels)
-    ])
+    with metrics.catch_signals(signals.append):  # there are results to save
+        snapshots = train(trainer, settings, dataset, signals)
+        metrics.say_finals(EXPERIMENT, dataset, settings, [
+            found | snapshots[found['mach']].tally.totals()
+            for found in evaluate(snapshots, settings, dataset.test_images,
+                                  dataset.test_labels)
+        ])
     if signals:
         return 128 + signals[0]
     failed = any(one.failed for one in snapshots.values())
@@ -361,4 +362,5 @@ if __name__ == '__main__':
     except Exception:  # pylint: disable=broad-except
         metrics.warn(traceback.format_exc())
         status = 1
-    os._exit(status)  # without waiting for a thread in the midst of a step
+    if status:  # else all threads have ended
+        os._exit(status)  # without waiting for one in the midst of a step

@@ -383,9 +383,11 @@ def test_every_hyperparameter_has_its_limits(run_here, monkeypatch, experiment):
                 make(**{name: value})
             check_refused(run_here, experiment, [flag, value], said,
                           f'not {value!r}')
-    # An edited default is checked, too.
+    # An edited default is checked, too, and so is the type of a new field.
     monkeypatch.setattr(fields['seed'], 'default', -3)
     check_refused(run_here, experiment, [], '--seed: must be int')
+    monkeypatch.setattr(fields['seed'], 'type', int | None)
+    check_refused(run_here, experiment, [], '--seed: cannot be a int | None')
 
 
 @every_experiment
