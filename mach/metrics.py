@@ -245,6 +245,8 @@ def parse_log(text, name='log'):
             setattr(log, kind, fields)
         elif kind in ('step', 'eval', 'final'):
             getattr(log, f'{kind}s').append(fields)
+    if not log.run:
+        raise ValueError(f'{name}: no run line')
     return log
 
 

@@ -84,12 +84,15 @@ BAD = ('final  real', 'final  real 97 ', 'step  mach 1  400', 'final  a-b 5',
 
 @pytest.mark.parametrize(
     'lines, number',
-    [([], 1), (LINES[1:], 1), (['nohup: x'], 1),
+    [(LINES[1:], 1),
      (LINES + LINES, 11), *(([LINES[0], line], 2) for line in BAD)])
 def test_what_is_no_log_is_refused_with_its_place(tmp_path, lines, number):
     path = tmp_path / 'bad.txt'
     path.write_text('\n'.join([*lines, '']), encoding='latin-1')
     with pytest.raises(ValueError, match=f'^{path}:{number}: .*$'):
+        metrics.read_log(path)
+    path.write_text('nohup: ignoring input\n')
+    with pytest.raises(ValueError, match=f'^{path}: no run line$'):
         metrics.read_log(path)
 
 
