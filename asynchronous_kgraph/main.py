@@ -1,9 +1,8 @@
 """k MACHs, all neighbours of all others, each on its own thread and data.
 
-The main experiment: synthetic inputs and delayed gradients throughout. A MACH
-sees only the labels of its own fifth of MNIST. It learns about the rest from
-its neighbours' messages. Differs from asynchronous_sequence: the children of a
-MACH are all others, so Spikes and Grads travel in cycles, until `depth` is 0.
+The main experiment. A MACH sees only the labels of its own fifth of MNIST. It
+learns about the rest from its neighbours' messages. Differs from
+asynchronous_sequence: Spikes and Grads travel in cycles, until `depth` is 0.
 
     python asynchronous_kgraph/main.py
     torchrun --nproc-per-node 5 asynchronous_kgraph/main.py
@@ -408,8 +407,9 @@ def evaluate(snapshots, settings, images, labels):
     for chunk, y in zip(images.split(1000), labels.split(1000)):
         x = data.normalise(chunk.to(settings.device))  # [B, 784]
         inputs = {i: one.student and one.student(x) for i, one in there.items()}
+        h = {i: one.network.local_part(x) for i, one in there.items()}
         for depth in range(settings.depth + 1):
-            d = {i: one.network(x, inputs[i]) for i, one in there.items()}
+            d = {i: there[i].network.join(h[i], inputs[i]) for i in there}
             answers = {i: there[i].network.answer(d[i]) for i in there}
             for i, one in there.items():
                 right = one.network.head(d[i]).argmax(1).cpu() == y

@@ -1,9 +1,8 @@
 """k MACHs in a row, each on its own thread, its own data and its own optimiser.
 
 A MACH exchanges Spikes, Answers and Grads with the MACHs beside it. It waits
-for no message, unless `inputs` is `real`. It changes only its own parameters.
-The delay of a Grad is counted, not set. Differs from synchronous_sequence: a
-thread for each MACH, disjoint shards, and messages over links.
+for no message, unless `inputs` is `real`. The delay of a Grad is counted, not
+set. Differs from synchronous_sequence: threads, disjoint shards, links.
 
     python asynchronous_sequence/main.py
     torchrun --nproc-per-node 3 asynchronous_sequence/main.py
@@ -397,8 +396,9 @@ def evaluate(snapshots, settings, images, labels):
     for chunk, y in zip(images.split(1000), labels.split(1000)):
         x = data.normalise(chunk.to(settings.device))  # [B, 784]
         inputs = {i: one.student and one.student(x) for i, one in there.items()}
+        h = {i: one.network.local_part(x) for i, one in there.items()}
         for depth in range(settings.depth + 1):
-            d = {i: one.network(x, inputs[i]) for i, one in there.items()}
+            d = {i: there[i].network.join(h[i], inputs[i]) for i in there}
             answers = {i: there[i].network.answer(d[i]) for i in there}
             for i, one in there.items():
                 right = one.network.head(d[i]).argmax(1).cpu() == y

@@ -7,7 +7,6 @@ Every function takes its own seed.
 import contextlib
 import dataclasses
 import functools
-import io
 import os
 import pathlib
 import shutil
@@ -151,14 +150,14 @@ def _fetch(folder, seconds):
 
     # The time limit of sockets gives every mirror its turn. The time limit of
     # the thread also ends a slow name lookup and a trickle of bytes.
+    # Older versions of torchvision print what they do, but stdout is the log.
+    datasets.mnist.print = datasets.utils.print = lambda *_: None
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(min(seconds / 4, 15))
     thread = threading.Thread(target=work, daemon=True)
     try:
-        # Older versions of torchvision print what they do; stdout is the log.
-        with contextlib.redirect_stdout(io.StringIO()):
-            thread.start()
-            thread.join(seconds)
+        thread.start()
+        thread.join(seconds)
     finally:
         fetcher.mirrors.clear()  # a late thread tries no other mirror
         socket.setdefaulttimeout(before)

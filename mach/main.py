@@ -244,8 +244,9 @@ def main(words):
             fail(error)
     if options.compare and not logs:
         fail('--compare: no log is left')
-    if logs:
-        print('\n' * bool(jobs) + compare.compare(logs), flush=True)
+    table = compare.compare(logs)
+    if '\n' in table:  # there are rows below its head
+        print('\n' * bool(jobs) + table, flush=True)
     return status
 
 

@@ -3,8 +3,7 @@
 Each MACH but the first has a student that mimics the MACH before it. The
 student's output feeds the MACH beside x. Each MACH has its own target loss. The
 MACH before it applies its Grad `delay` steps later and passes a Grad on.
-Differs from synchronous_single: several MACHs, edges between them, a student of
-the MACH before instead of the MACH itself.
+Differs from synchronous_single: several MACHs, with edges between them.
 
     python synchronous_sequence/main.py
 
@@ -308,8 +307,9 @@ def evaluate(snapshots, settings, images, labels):
     for chunk, y in zip(images.split(1000), labels.split(1000)):
         x = data.normalise(chunk.to(settings.device))  # [B, 784]
         inputs = {i: one.student and one.student(x) for i, one in there.items()}
+        h = {i: one.network.local_part(x) for i, one in there.items()}
         for depth in range(settings.depth + 1):
-            d = {i: one.network(x, inputs[i]) for i, one in there.items()}
+            d = {i: there[i].network.join(h[i], inputs[i]) for i in there}
             answers = {i: there[i].network.answer(d[i]) for i in there}
             for i, one in there.items():
                 right = one.network.head(d[i]).argmax(1).cpu() == y
