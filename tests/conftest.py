@@ -439,6 +439,8 @@ def _run_here(monkeypatch, dataset):
                 code = stopped.code
             finally:
                 signal.alarm(0)
+                now = list(map(signal.getsignal, numbers))
+                assert now[:3] == handlers[:3]  # a notebook keeps its own
                 list(map(signal.signal, numbers, handlers))
             for thread in set(threading.enumerate()) - set(before):
                 thread.join(LONG)

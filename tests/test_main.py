@@ -621,6 +621,69 @@ def test_stderr_may_be_closed(tmp_path, experiment):
     assert code == 0 and metrics.parse_log(out).mean['steps'] == 9
 
 
+@pytest.mark.parametrize('experiment', [EXPERIMENTS[0], EXPERIMENTS[-1]])
+def test_what_a_fork_may_do(tmp_path, experiment):
+    """It may exit in a step, fail in an evaluation, write files, be profiled."""
+    shutil.copytree(conftest.ROOT / 'mach', tmp_path / 'mach')
+    folder = tmp_path / 'deep' / experiment
+    shutil.copytree(conftest.ROOT / experiment, folder)
+    text = (folder / 'main.py').read_text(encoding='utf-8')
+    text = text.replace(
+        'def evaluate(snapshots, settings, images, labels):\n',
+        'def evaluate(snapshots, settings, images, labels):\n'
+        '    assert settings.seed != 1\n')
+    text = text.replace(
+        '            trainer.step()', '            trainer.step()\n'
+        '            settings.seed == 2 and sys.exit()').replace(
+            'trainer.step(halt.is_set)',
+            'trainer.step(halt.is_set); settings.seed == 2 and sys.exit()')
+    (folder / 'main.py').write_text(text, encoding='utf-8')
+
+    def run(seed):
+        profiled = ('python=$1; shift; PYTHONSAFEPATH=1 exec "$python" -m '
+                    f'cProfile -o {tmp_path}/profile{seed} "$@"')
+        prefix = ['sh', '-c', profiled, 'sh']
+        words = ['--steps=4', '--hidden=32', f'--seed={seed}']
+        with conftest.running(tmp_path / str(seed),
+                              folder,
+                              *words,
+                              prefix=prefix) as process:
+            return process.end()
+
+    normal, broken, left = conftest.two_at_a_time(run, range(3))
+    assert normal[0] == 0 and (tmp_path / 'profile0').stat().st_size
+    assert broken[0] == 1 and 'AssertionError' in broken[2]
+    assert left[0] == 1 and 'SystemExit' in left[2]
+    assert math.isnan(metrics.parse_log(left[1]).mean['real'])
+    for _, _, err in normal, broken, left:
+        assert 'terminate called' not in err
+
+
+@every_experiment
+def test_a_library_has_no_main_thread_and_no_auto(experiment, monkeypatch,
+                                                  dataset):
+    main = conftest.load_main(experiment)
+    assert main.Hyperparameters().precision in ('fp32', 'bf16')
+    monkeypatch.setattr(mach_data, 'load', lambda *_: dataset)
+    assert conftest.within(conftest.LONG, lambda: main.main(conftest.TINY)) == 0
+
+
+@asynchronous
+def test_a_dry_run_keeps_the_logs(run_here, tmp_path, experiment):
+    (tmp_path / 'process0.txt').write_text('old')
+    words = [f'--log_folder={tmp_path}', '--dry_run=True']
+    assert run_here(experiment, *words)[0] == 0
+    assert (tmp_path / 'process0.txt').read_text() == 'old'
+
+
+@asynchronous
+def test_what_is_on_its_way_at_the_end_is_counted(run_here, experiment):
+    code, log, _ = run_here(experiment, '--latency=1000')
+    assert code == 0 and math.isnan(log.mean['staleness'])
+    assert log.mean['in_flight'] == sum(f['in_flight'] for f in log.finals[:-1])
+    assert log.mean['in_flight'] >= 6 * 2 * 2
+
+
 @asynchronous
 def test_other_machs_finish_when_a_thread_cannot_start(run_here, monkeypatch,
                                                        experiment):
