@@ -6,6 +6,7 @@ Every function takes its own seed.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
@@ -31,6 +32,8 @@ SIZES = {  # bytes of each unpacked file
     't10k-images-idx3-ubyte': 7840016,
     't10k-labels-idx1-ubyte': 10008,
 }
+# Errors of a disk, not of a network.
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
 
 
 class DataError(Exception):
@@ -73,8 +76,11 @@ def load(folder='data', validation=5000, deadline=120.0):
         name = 'drawn-digits'
         images, labels, test_images, test_labels = draw_digits()
     except OSError as error:
-        raise DataError(f'cannot use the data folder {folder}: '
-                        f'{error.strerror} ({error.filename})') from error
+        where = f'the data folder {folder}'
+        if error.errno in NO_ROOM:
+            where += f' or the temporary folder {tempfile.gettempdir()}'
+        raise DataError(f'cannot use {where}: {error.strerror} '
+                        f'({error.filename})') from error
     by_class = _shuffle_by_class(labels, seed=0)
     most = CLASSES * (min(map(len, by_class)) - 1)
     if not 0 <= validation <= most:
@@ -161,6 +167,8 @@ def _fetch(folder, seconds):
     finally:
         fetcher.mirrors.clear()  # a late thread tries no other mirror
         socket.setdefaulttimeout(before)
+    if errors and getattr(errors[0], 'errno', 0) in NO_ROOM:
+        raise errors[0]
     if errors:
         raise ConnectionError(' '.join(str(errors[0]).split()))
 

@@ -53,8 +53,6 @@ SYNONYMS = dict(
         'gpu:device cuda:device dir:data dataset:data').split())
 
 tqdm.tqdm.monitor_interval = 0  # no thread that would outlive the run
-if sys.stderr is None:  # after `2>&-`; a library would fail to print there
-    sys.stderr = open(os.devnull, 'w', encoding='utf-8')
 
 
 class Tally:
@@ -265,8 +263,9 @@ def read_log(path):
 def _commit():
     """Seven digits, with '-dirty' if a .py file is not committed; or 'none'."""
     # Without locks, several experiments can start at once.
-    command = ('git --no-optional-locks status --porcelain=v2 --branch -uall '
-               '-- :/*.py')
+    # The checkout of another user is as good as one's own.
+    command = ('git --no-optional-locks -c safe.directory=* status '
+               '--porcelain=v2 --branch -uall -- :/*.py')
     # In a git hook, these variables point at another repository.
     environment = {k: v for k, v in os.environ.items() if k[:4] != 'GIT_'}
     try:
@@ -302,7 +301,7 @@ def mean(finals):
 def warn(text):
     """Prints a line on stderr, above a progress bar; no error if that fails."""
     with contextlib.suppress(OSError, ValueError):
-        tqdm.tqdm.write(text, file=sys.stderr)
+        tqdm.tqdm.write(text + '\n', sys.stderr, end='')  # one write
 
 
 def say(kind, /, **fields):
@@ -325,7 +324,8 @@ def say(kind, /, **fields):
             if output is not sys.stderr:
                 FAILED.append(error)
                 OUTPUTS[i] = sys.stderr
-                warn(f'cannot write the log: {error}; the run ends')
+                name = getattr(output, 'name', 'stdout')
+                warn(f'cannot write the log to {name}: {error}; the run ends')
                 if kind != 'run':
                     warn(line)
 

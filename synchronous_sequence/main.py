@@ -14,8 +14,9 @@ deviation over 3 seeds) in 56 s of training on two cores, bf16. It repeats.
 import os
 import signal
 
-if __name__ == '__main__':  # Ctrl-C during the imports, which take seconds
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == '__main__':  # the imports take seconds
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, _: os._exit(128 + number))
 
 import argparse
 import contextlib
@@ -29,9 +30,6 @@ import threading
 import time
 import traceback
 
-import torch
-import tqdm
-
 HERE = pathlib.Path(__file__).resolve().parent
 ROOTS = [up for up in HERE.parents if (up / 'mach/metrics.py').is_file()]
 if not ROOTS:
@@ -39,6 +37,7 @@ if not ROOTS:
 sys.path[:0] = [str(HERE), str(ROOTS[0])]
 from mach import data, metrics
 import checkpoint
+import torch
 from model import Mach
 from student import Student
 from trainer import Trainer
@@ -251,7 +250,7 @@ def train(trainer, settings, dataset, signals):
                               daemon=True)
     snapshots, evaluated, deadline = trainer.snapshot(False), 0, math.inf
     thread.start()
-    bar = tqdm.tqdm(total=settings.steps, disable=None)
+    bar = metrics.tqdm.tqdm(total=settings.steps, disable=None)
     while not snapshots[0].ended and time.monotonic() < deadline:
         bar.update(trainer.steps_taken - bar.n)
         if (signals or metrics.FAILED) and not halt.is_set():
