@@ -1,6 +1,7 @@
 """Tests of mach/data.py. Most use a MNIST of 700 drawn images."""
 
 import functools
+import errno
 import gzip
 import hashlib
 import http.server
@@ -198,6 +199,16 @@ def test_no_network_draws_digits(tmp_path, offline, capfd):
         assert fix in err
     assert dataset.name == 'drawn-digits' and len(dataset.train_images) == 550
     assert not names(tmp_path)  # no empty folder is left
+
+
+def test_a_full_disk_is_no_missing_network(tmp_path, monkeypatch):
+
+    def download(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(datasets.MNIST, 'download', download)
+    with pytest.raises(data.DataError, match='the temporary folder .*No space'):
+        data.load(tmp_path)
 
 
 def test_hanging_download_ends_at_the_deadline(tmp_path, monkeypatch, capfd):

@@ -7,9 +7,7 @@ data, in one line; 130 after Ctrl-C and 143 after SIGTERM, with the results so f
 import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -519,146 +517,6 @@ def test_a_signal_while_a_mach_hangs(run_here, before, experiment):
     assert nan == [False, True, False, False, True]
 
 
-INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-STEP, BEGIN = '\nstep', '\nhparams'
-SIGNALS = [
-    ('synchronous_single', STEP, [INT] * 3),
-    ('synchronous_sequence', STEP, [HUP]),
-    ('synchronous_kgraph', STEP, [INT, TERM]),
-    ('asynchronous_sequence', STEP, [TERM] * 2),
-    ('asynchronous_kgraph', STEP, [HUP]),
-    ('asynchronous_kgraph', BEGIN, [TERM]),
-    # A second later, a second one ends it at once, without results.
-    ('asynchronous_kgraph', BEGIN, [INT, None, INT]),
-    # The imports: there are no results yet.
-    ('synchronous_single', r'\| *argparse\n', [INT]),
-    ('asynchronous_sequence', r'\| *torch\n', [INT]),
-]
-
-
-def test_signals_to_processes(tmp_path):
-
-    def run(number):
-        experiment, moment, signals = SIGNALS[number]
-        words = ['--steps=1000000', '--log_every=10', '--hidden=64']
-        if moment == BEGIN:  # the first steps last
-            words += ['--batch_size=9000', '--hidden=2048']
-        with conftest.running(tmp_path / str(number), experiment,
-                              *words) as process:
-            assert wait_until(lambda: re.search(moment, process.said()))
-            for one in signals:
-                if one:
-                    process.send_signal(one)
-                time.sleep(0.05 if one else 1.2)
-            code, out, err = process.end()
-        assert code == 128 + signals[0], experiment
-        assert 'Traceback' not in err and 'terminate called' not in err
-        if None in signals:
-            assert 'final' not in out
-        elif moment in (STEP, BEGIN):
-            assert err.count('ends with the results so far') == 1
-            log = metrics.parse_log(out)
-            assert len(log.finals) == log.hparams.get('k', 1) + 1
-            assert log.mean['steps'] < 1000000
-            assert log.mean['real'] > 0 or moment == BEGIN
-
-    conftest.two_at_a_time(run, range(len(SIGNALS)))
-
-
-def test_nohup_goes_on_after_sighup(tmp_path):
-    with conftest.running(tmp_path / 'run',
-                          'synchronous_single',
-                          '--steps=400',
-                          '--log_every=10',
-                          prefix=['nohup']) as process:
-        assert wait_until(lambda: STEP in process.said())
-        process.send_signal(HUP)
-        code, out, _ = process.end()
-    assert code == 0 and metrics.parse_log(out).mean['steps'] == 400
-
-
-# -------------------------------------------------- stdout, data, other folders
-
-
-@pytest.mark.parametrize('experiment, redirect, number', [
-    ('synchronous_kgraph', '', None),
-    ('asynchronous_sequence', '', INT),
-    ('asynchronous_kgraph', '>/dev/full', None),
-    ('asynchronous_sequence', '>&-', None),
-])
-def test_stdout_that_fails(tmp_path, experiment, redirect, number):
-    """As with `| head -3`, or a Ctrl-C that also ends `| tee log.txt`."""
-    with conftest.running(tmp_path / 'run',
-                          experiment,
-                          '--steps=1000000',
-                          '--log_every=1',
-                          f'--checkpoint={tmp_path}/saved',
-                          prefix=['sh', '-c', f'exec "$@" {redirect}', 'sh'],
-                          out=subprocess.PIPE) as process:
-        for _ in range(0 if redirect else 3):
-            assert process.stdout.readline()
-        process.stdout.close()
-        if number:
-            process.send_signal(number)
-        code, _, err = process.end()
-    lines = [l for l in err.splitlines() if not l.startswith('warning')]
-    assert code == (128 + number if number else 1) and 'Traceback' not in err
-    assert sum('cannot write the log: ' in line for line in lines) == 1
-    finals = [line for line in lines if line.startswith('final')]
-    assert len(finals) == (0 if redirect else 4)  # of three MACHs, and the mean
-    assert bool(os.listdir(tmp_path / 'saved')) == (not redirect)
-    assert not redirect or len(lines) == 1
-
-
-@pytest.mark.parametrize('experiment', [EXPERIMENTS[0], EXPERIMENTS[-1]])
-def test_stderr_may_be_closed(tmp_path, experiment):
-    with conftest.running(tmp_path / 'run',
-                          experiment,
-                          '--steps=9',
-                          '--hidden=32',
-                          prefix=['sh', '-c', 'exec "$@" 2>&-', 'sh']) as one:
-        code, out, _ = one.end()
-    assert code == 0 and metrics.parse_log(out).mean['steps'] == 9
-
-
-@pytest.mark.parametrize('experiment', [EXPERIMENTS[0], EXPERIMENTS[-1]])
-def test_what_a_fork_may_do(tmp_path, experiment):
-    """It may exit in a step, fail in an evaluation, write files, be profiled."""
-    shutil.copytree(conftest.ROOT / 'mach', tmp_path / 'mach')
-    folder = tmp_path / 'deep' / experiment
-    shutil.copytree(conftest.ROOT / experiment, folder)
-    text = (folder / 'main.py').read_text(encoding='utf-8')
-    text = text.replace(
-        'def evaluate(snapshots, settings, images, labels):\n',
-        'def evaluate(snapshots, settings, images, labels):\n'
-        '    assert settings.seed != 1\n')
-    text = text.replace(
-        '            trainer.step()', '            trainer.step()\n'
-        '            settings.seed == 2 and sys.exit()').replace(
-            'trainer.step(halt.is_set)',
-            'trainer.step(halt.is_set); settings.seed == 2 and sys.exit()')
-    (folder / 'main.py').write_text(text, encoding='utf-8')
-
-    def run(seed):
-        profiled = ('python=$1; shift; PYTHONSAFEPATH=1 exec "$python" -m '
-                    f'cProfile -o {tmp_path}/profile{seed} "$@"')
-        prefix = ['sh', '-c', profiled, 'sh']
-        words = ['--steps=4', '--hidden=32', f'--seed={seed}']
-        with conftest.running(tmp_path / str(seed),
-                              folder,
-                              *words,
-                              prefix=prefix) as process:
-            return process.end()
-
-    normal, broken, left = conftest.two_at_a_time(run, range(3))
-    assert normal[0] == 0 and (tmp_path / 'profile0').stat().st_size
-    assert broken[0] == 1 and 'AssertionError' in broken[2]
-    assert left[0] == 1 and 'SystemExit' in left[2]
-    assert math.isnan(metrics.parse_log(left[1]).mean['real'])
-    for _, _, err in normal, broken, left:
-        assert 'terminate called' not in err
-
-
 @every_experiment
 def test_a_library_has_no_main_thread_and_no_auto(experiment, monkeypatch,
                                                   dataset):
@@ -700,28 +558,3 @@ def test_other_machs_finish_when_a_thread_cannot_start(run_here, monkeypatch,
                      f"{experiment}: mach 1 failed: can't start new thread\n")
     nan = [math.isnan(final['real']) for final in log.finals]
     assert nan == [f['mach'] in (1, 'mean') for f in log.finals]
-
-
-def test_a_copy_of_a_folder_is_an_experiment_of_its_own(tmp_path):
-    ignored = shutil.ignore_patterns('__pycache__')
-    for old, new in (('mach', 'mach'), ('asynchronous_kgraph', 'f/my_idea')):
-        shutil.copytree(conftest.ROOT / old, tmp_path / new, ignore=ignored)
-    folder = tmp_path / 'f/my_idea'
-    text = (folder / 'main.py').read_text(encoding='utf-8')
-    text = text.replace('seed: int = hparam(0', 'seed: int = hparam(7')
-    (folder / 'main.py').write_text(text, encoding='utf-8')
-    # There is neither MNIST nor a network: it draws digits.
-    with conftest.running(tmp_path / 'run', folder, '--steps=4', '--k=2',
-                          f'--data={tmp_path}') as process:
-        code, out, err = process.end()
-    log, warning = metrics.parse_log(out), err.splitlines()[0]
-    assert code == 0 and log.run['commit'] == 'none'
-    for fields in [log.run, *log.finals]:
-        assert [fields[key] for key in ('experiment', 'dataset', 'seed')
-               ] == ['my_idea', 'drawn-digits', 7]
-    assert warning.startswith('warning: ') and str(tmp_path) in warning
-    with conftest.running(tmp_path / 'bad', folder, '--warmup',
-                          '-1e-3') as process:
-        code, out, err = process.end()
-    assert (code, out, err.count('\n')) == (2, '', 1)
-    assert err.startswith('my_idea: --warmup: must be float')

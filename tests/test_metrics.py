@@ -140,7 +140,8 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
         metrics.say('step', step=step)
     assert len(metrics.FAILED) == 1  # the caller ends the run
     assert capsys.readouterr().err == (
-        'cannot write the log: it is closed; the run ends\nstep  1\nstep  2\n')
+        'cannot write the log to stdout: it is closed; the run ends\nstep  1\nstep  2\n'
+    )
 
 
 def test_no_path_breaks_a_line(monkeypatch):
