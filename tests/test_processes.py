@@ -435,7 +435,7 @@ def test_a_run_in_processes(tmp_path):
                   count=2) as process:
         code, out, err = process.end()
         assert not process.find()
-    assert code == 0 and 'gone' not in err
+    assert code == 0 and 'gone' not in err, out[-600:] + err
     log = metrics.parse_log(out)
     assert [f['mach'] for f in log.finals] == [0, 1, 2, 'mean']
     assert log.mean['steps'] == 200 and 80 < log.mean['real'] < 100
