@@ -8,7 +8,7 @@ synchronous_sequence: the graph has cycles, which end after `depth` edges.
     python synchronous_kgraph/main.py
 
 Expect, mean of 3 MACHs, real 98.53 ± 0.04, synthetic 98.42 ± 0.03 (mean and
-deviation over 3 seeds) in 84 s of training on two cores, bf16. It repeats.
+deviation over 3 seeds) in 64 s of training on two cores, bf16. It repeats.
 """
 
 import os

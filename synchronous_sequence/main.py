@@ -8,7 +8,7 @@ Differs from synchronous_single: several MACHs, with edges between them.
     python synchronous_sequence/main.py
 
 Expect, mean of 3 MACHs, real 98.61 ± 0.03, synthetic 98.50 ± 0.01 (mean and
-deviation over 3 seeds) in 56 s of training on two cores, bf16. It repeats.
+deviation over 3 seeds) in 44 s of training on two cores, bf16. It repeats.
 """
 
 import os

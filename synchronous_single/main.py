@@ -9,7 +9,7 @@ within half a point of what it mimics.
     python synchronous_single/main.py
 
 Expect real 98.65 ± 0.09, synthetic 98.37 ± 0.03 (mean and deviation over 3
-seeds) in 35 s of training on two cores, bf16. Same seed, same log.
+seeds) in 30 s of training on two cores, bf16. Same seed, same log.
 """
 
 import os
