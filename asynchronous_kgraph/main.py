@@ -327,11 +327,9 @@ def train(trainers, settings, dataset, node):
         thread = threading.Thread(target=work,
                                   args=(one, settings, events, halt),
                                   daemon=True)
-        try:
-            thread.start()
+        if metrics.start(thread, f'{EXPERIMENT}: mach {one.index}'):
             threads.append(thread)
-        except RuntimeError as error:  # the system limits their number
-            metrics.warn(f'{EXPERIMENT}: mach {one.index} failed: {error}')
+        else:
             events.put(([], one.snapshot(False, ended=True, failed=True)))
     bar = metrics.tqdm.tqdm(total=settings.steps * len(trainers),
                             disable=node.rank > 0 or None)

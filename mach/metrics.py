@@ -398,6 +398,16 @@ def choose_precision(asked, device):
     return 'bf16' if faster else 'fp32'
 
 
+def start(thread, what):
+    """Starts a thread; False, with a warning, if the system allows no more."""
+    try:
+        thread.start()
+        return True
+    except RuntimeError as error:
+        warn(f'{what} failed: {error}')
+        return False
+
+
 @contextlib.contextmanager
 def catch_signals(end):
     """Has the first signal call end(number). One a second later exits at once.

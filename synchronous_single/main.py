@@ -214,7 +214,8 @@ def train(trainer, settings, dataset, signals):
                               args=(trainer, settings, events, halt),
                               daemon=True)
     snapshots, evaluated, deadline = trainer.snapshot(False), 0, math.inf
-    thread.start()
+    if not metrics.start(thread, f'{EXPERIMENT}: training'):
+        return trainer.snapshot(False, ended=True, failed=True)
     bar = metrics.tqdm.tqdm(total=settings.steps, disable=None)
     while not snapshots[0].ended and time.monotonic() < deadline:
         bar.update(trainer.steps_taken - bar.n)
