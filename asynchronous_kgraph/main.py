@@ -362,6 +362,7 @@ def train(trainers, settings, dataset, node):
     bar.close()
     for thread in threads:
         thread.join(0.1)
+    snapshots |= node.news()[1]  # from a process that has just ended
     for i, one in snapshots.items():
         if not one.ended and not node.hears(i):
             snapshots[i] = Snapshot(node.tally(i))

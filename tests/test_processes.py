@@ -228,6 +228,22 @@ def test_a_signal_goes_round_and_some_hyperparameters_may_differ(nodes):
     assert first.signal == signal.SIGINT  # the first counts
 
 
+def test_the_last_snapshots_of_a_process_that_has_just_ended_count():
+    main, told = conftest.load_main(EXPERIMENT), []
+    last = {i: main.Snapshot(metrics.Tally(i), i, ended=True) for i in (0, 1)}
+
+    def news():
+        told.append(1)
+        return [], last if len(told) == 2 else {}
+
+    node = types.SimpleNamespace(rank=2,
+                                 signal=0,
+                                 news=news,
+                                 hears=lambda _: False)
+    settings = main.Hyperparameters(k=2, neighbours=1)
+    assert main.train([], settings, None, node) == last
+
+
 def test_silence_is_said_once_by_the_lowest(nodes, monkeypatch, capsys):
     monkeypatch.setattr(processes, 'SILENCE', 1)
     first, second, third = pair(nodes, size=3)

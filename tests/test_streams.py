@@ -24,8 +24,7 @@ INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 STEP, BEGIN = '\nstep', '\nhparams'
 SIGNALS = [
     ('synchronous_single', STEP, [INT] * 3),
-    ('synchronous_sequence', STEP, [HUP]),
-    ('synchronous_kgraph', STEP, [INT, TERM]),
+    ('synchronous_kgraph', STEP, [HUP, TERM]),
     ('asynchronous_kgraph', STEP, [HUP]),
     # A second later, a second one ends it at once, without results.
     ('asynchronous_kgraph', BEGIN, [INT, None, INT]),
