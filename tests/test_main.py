@@ -480,6 +480,7 @@ def test_a_failure_in_lockstep_is_named(run_here, before, experiment):
 @pytest.mark.parametrize('kind, count, number', [
     ('steps', 3, signal.SIGTERM),
     ('images', 100, signal.SIGINT),
+    ('steps', 4, signal.SIGHUP),
     ('images', 200, signal.SIGTERM),
 ])
 @every_experiment

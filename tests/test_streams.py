@@ -25,7 +25,6 @@ STEP, BEGIN = '\nstep', '\nhparams'
 SIGNALS = [
     ('synchronous_single', STEP, [INT] * 3),
     ('synchronous_kgraph', STEP, [HUP, TERM]),
-    ('asynchronous_kgraph', STEP, [HUP]),
     # A second later, a second one ends it at once, without results.
     ('asynchronous_kgraph', BEGIN, [INT, None, INT]),
     # The imports: there are no results yet.
