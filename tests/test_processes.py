@@ -466,7 +466,7 @@ def test_a_run_in_processes(tmp_path):
 
 @pytest.mark.parametrize('restarts', [0, 1])
 def test_a_process_is_killed(tmp_path, restarts):
-    steps = 220 if restarts else 100  # enough for it to come back
+    steps = 220 if restarts else 160  # enough for it to come back
     words = f'--checkpoint={tmp_path / "machs"}', '--checkpoint_every=5'
     words += f'--steps={steps}', '--slow_mach=2', '--slow_factor=8'
     with torchrun(tmp_path / 'run', *words, restarts=restarts) as process:
