@@ -136,7 +136,7 @@ def read(field, value):
             if not limits or limits[0] <= kind(text) <= limits[1]:
                 return kind(text)
         elif not limits or text in limits:
-            return text == 'True' if kind is bool else text
+            return text == 'True' if kind is bool else os.path.expanduser(text)
     wanted = (' to ' if kind in (int, float) else ' or ').join(map(str, limits))
     raise ValueError(f'--{field.name}: must be {kind.__name__}, {wanted}, '
                      f'not {text!r}')

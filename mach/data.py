@@ -64,7 +64,7 @@ def load(folder='data', validation=5000, deadline=120.0):
       DataError: the folder cannot be used, or `validation` leaves a class
         without training images.
     """
-    name, folder = 'MNIST', os.path.expanduser(folder)
+    name = 'MNIST'
     try:
         images, labels, test_images, test_labels = _read_mnist(folder, deadline)
     except ConnectionError as error:

@@ -15,22 +15,26 @@ experiment ends with its results so far.
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import pathlib
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from mach import compare, metrics
+from mach import metrics
 
 EXPERIMENTS = ('synchronous_single', 'synchronous_sequence',
                'synchronous_kgraph', 'asynchronous_sequence',
                'asynchronous_kgraph')
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+# Fields of the run line that may change the result, as hyperparameters do.
+SOURCE = ('commit', 'threads', 'processes')
 STOP_SECONDS = 20  # An experiment may take this long to end after a signal.
 
 
@@ -138,7 +142,7 @@ def plan(options, chosen):
             for key in ('checkpoint', 'log_folder'):
                 if values.get(key):
                     values[key] += f'/{name}'
-            log = pathlib.Path(options.logs, f'{name}.txt')
+            log = pathlib.Path(options.logs, f'{name}.txt').expanduser()
             if log in jobs:
                 fail(f'{name} is asked for twice')
             if log.exists():
@@ -214,6 +218,95 @@ def run(path, command):
             process.wait()
 
 
+def flaw(log):
+    """Why a run does not count, or None."""
+    if log.mean is None:
+        return 'no final line of mach mean'
+    if any(math.isnan(log.mean.get(key, 0)) for key in metrics.RESULTS):
+        return 'a MACH failed'
+    steps, asked = log.mean.get('steps', math.inf), log.hparams.get('steps', 0)
+    return f'{steps} of {asked} steps' if steps < asked else None
+
+
+def cell(logs, key, decimals=2):
+    """'mean +- std' of a field; std is that of a sample (n - 1)."""
+    values = [log.mean[key] for log in logs if key in log.mean]
+    if not values:
+        return '-'
+    text = f'{statistics.fmean(values):.{decimals}f}'
+    if len(values) > 1:
+        text += f' +- {statistics.stdev(values):.{decimals}f}'
+    return text
+
+
+def settings(log):
+    """What all runs in a row of the table share: hyperparameters, SOURCE."""
+    hidden = (*metrics.BOOKKEEPING, 'connected')
+    shared = {k: v for k, v in log.hparams.items() if k not in hidden}
+    return shared | {k: log.run[k] for k in SOURCE if k in log.run}
+
+
+def differs(log, logs):
+    """'depth 1, steps 400': the settings of `log` that vary among `logs`."""
+    rows = [settings(other) for other in logs]
+    names = dict.fromkeys(name for row in rows for name in row if name != 'k')
+    here = settings(log)
+    return ', '.join(f'{name} {here.get(name, "-")}' for name in names
+                     if len({row.get(name) for row in rows}) > 1)
+
+
+def compare(logs):
+    """The table: a row per experiment, dataset, hyperparameters and SOURCE.
+
+    A cell is mean +- std over the n runs that differ in `BOOKKEEPING` alone:
+    accuracies in %, seconds of training. The column isolated shows the real
+    accuracy of the runs with `connected False`. The last column names the
+    settings in which the rows of an experiment differ. Runs that stopped early
+    or have a failed MACH are left out with a warning on stderr. A second run of
+    a seed counts, with a warning; so do several runs of uncommitted code.
+    """
+    groups, seen = {}, set()
+    for log in logs:
+        if log.skipped:
+            metrics.warn(f'{log.name}: {log.skipped} lines are no log lines')
+        if flaw(log):
+            metrics.warn(f'{log.name}: {flaw(log)}, left out')
+            continue
+        row = (log.run.get('experiment'), log.run.get('dataset'),
+               frozenset(settings(log).items()))
+        groups.setdefault(row, []).append(log)
+        run = row, log.hparams.get('connected'), log.run.get('seed')
+        if run in seen:
+            metrics.warn(f'{log.name}: seed {run[-1]} counts again')
+        seen.add(run)
+    rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
+             'seconds', 'differs in')]
+    for (experiment, dataset, _), group in groups.items():
+        connected = [run for run in group if run.hparams.get('connected', True)]
+        isolated = [run for run in group if run not in connected]
+        runs = connected or isolated
+        alone = cell(isolated, 'real')
+        if isolated and len(isolated) != len(runs):
+            alone += f' (n={len(isolated)})'
+        firsts = [
+            runs[0] for row, runs in groups.items() if row[0] == experiment
+        ]
+        row = [experiment, dataset, group[0].hparams.get('k', '-'), len(runs)]
+        row += [cell(connected, 'real'), cell(connected, 'synthetic'), alone]
+        row += [cell(runs, 'seconds', 1), differs(group[0], firsts)]
+        commit = str(group[0].run.get('commit'))
+        if commit.endswith('-dirty') and len(group) > 1:
+            metrics.warn(
+                f'{experiment}: {len(group)} runs of {commit} share a row, '
+                'though their code may differ')
+        rows.append([str(cell) for cell in row])
+    if not any(row[-1] for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join(
+        '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
 def main(words):
     """Does what the command line says; returns the exit code.
 
@@ -244,7 +337,7 @@ def main(words):
             fail(error)
     if options.compare and not logs:
         fail('--compare: no log is left')
-    table = compare.compare(logs)
+    table = compare(logs)
     if '\n' in table:  # there are rows below its head
         print('\n' * bool(jobs) + table, flush=True)
     return status

@@ -523,6 +523,8 @@ def test_a_library_has_no_main_thread_and_no_auto(experiment, monkeypatch,
                                                   dataset):
     main = conftest.load_main(experiment)
     assert main.Hyperparameters().precision in ('fp32', 'bf16')
+    folder = main.Hyperparameters(checkpoint='~/x').checkpoint
+    assert folder == os.path.expanduser('~/x') != '~/x'
     monkeypatch.setattr(mach_data, 'load', lambda *_: dataset)
     assert conftest.within(conftest.LONG, lambda: main.main(conftest.TINY)) == 0
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from mach import compare, metrics
+from mach import main, metrics
 
 NAN = math.nan
 # The log of a finished run, with lines of two kinds that the reader skips.
@@ -199,12 +199,12 @@ def make_log(experiment='x',
 
 def table(*logs):
     """The rows of the comparison, as lists of cells."""
-    return [re.split('  +', line) for line in compare.compare(logs).split('\n')]
+    return [re.split('  +', line) for line in main.compare(logs).split('\n')]
 
 
 def test_a_row_is_one_experiment_dataset_and_settings():
     logs = [make_log(real=96 + seed, seed=seed) for seed in (1, 2, 3)]
-    assert compare.compare([make_log('longer_than_its_column'), *logs]) == '''\
+    assert main.compare([make_log('longer_than_its_column'), *logs]) == '''\
 experiment              dataset  k  n  real           synthetic      isolated  seconds
 longer_than_its_column  MNIST    5  1  98.00          90.50          -         61.0
 x                       MNIST    5  3  98.00 +- 1.00  90.50 +- 0.00  -         61.0 +- 0.0'''
@@ -270,5 +270,5 @@ def test_precision_is_the_faster_one(monkeypatch, seconds, chosen):
 
 
 def test_torch_is_not_imported():
-    code = 'from mach import compare, metrics; assert "torch" not in metrics.sys.modules'
+    code = 'from mach import main, metrics; assert "torch" not in metrics.sys.modules'
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
