@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import math
 import os
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import zlib
 
+import numpy
 import torch
 from torch.nn import functional
 from torchvision import datasets
@@ -187,42 +189,60 @@ def denormalise(x):
         torch.uint8)
 
 
-def deal(dataset, k, shards, batch_size, seed, device='cpu'):
+def deal(dataset, k, shards, batch_size, seed, device='cpu', skew=0.5):
     """Gives k Batches of a Dataset's training set, one for each MACH.
 
-    `make_shards` explains `k` and `shards`, and raises DataError as Batches
-    does. The order of MACH i's images depends on `seed` * 1009 + i.
+    `make_shards` explains `k`, `shards` and `skew`, and raises DataError as
+    Batches does. The order of MACH i's images depends on `seed` * 1009 + i.
     """
     images = dataset.train_images.to(device)  # one copy for all MACHs
     labels = dataset.train_labels
+    dealt = make_shards(labels, k, shards, seed, skew, batch_size)
     return [
         Batches(images, labels, indices, batch_size, seed * 1009 + i, device)
-        for i, indices in enumerate(make_shards(labels, k, shards, seed))
+        for i, indices in enumerate(dealt)
     ]
 
 
-def make_shards(labels, k, kind='disjoint', seed=0):
+def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5, least=1):
     """Chooses training images for `k` MACHs: k int64 tensors of indices.
 
-    The kind 'full' puts every image into every shard. The kind 'disjoint' puts
-    each image into one shard, chosen by `seed`. The sizes of two such shards
-    differ by at most 1, and so do their counts of each class.
-    Raises DataError if k is below 1 or disjoint shards would lack a class.
+    The kind 'full' puts every image into every shard. The other kinds put each
+    image into one shard, chosen by `seed`. With 'disjoint', the sizes of two
+    shards differ by at most 1, and so do their counts of each class.
+
+    With 'skewed', each class is dealt by a Dirichlet(`skew`) draw over the
+    MACHs (Hsu et al. 2019, arXiv 1909.06335, draws classes for each MACH
+    instead). Before that, 2% of each class are dealt evenly, or more, so that
+    a shard has `least` images and one of each class.
+
+    Raises DataError if k is below 1 or shards would lack a class.
     """
     if k < 1:
         raise DataError(f'need at least 1 shard, not {k}')
     if kind == 'full':
         return [torch.arange(len(labels))] * k
-    if kind != 'disjoint':
-        raise DataError(f"shards are 'disjoint' or 'full', not {kind!r}")
+    if kind not in ('disjoint', 'skewed'):
+        raise DataError(
+            f"shards are 'disjoint', 'skewed' or 'full', not {kind!r}")
     by_class = _shuffle_by_class(labels, seed)
     most = min(map(len, by_class))
     if k > most:
-        raise DataError(f'{k} disjoint shards cannot each have every class: '
+        raise DataError(f'{k} {kind} shards cannot each have every class: '
                         f'{most} is the largest number possible')
-    # One deck of all classes keeps the sizes within 1 of each other.
-    deck = torch.cat(by_class)
-    return [deck[shard::k].sort().values for shard in range(k)]
+    if kind == 'disjoint':
+        # One deck of all classes keeps the sizes within 1 of each other.
+        deck = torch.cat(by_class)
+        return [deck[shard::k].sort().values for shard in range(k)]
+    draws, shards = numpy.random.default_rng(seed), [[] for _ in range(k)]
+    for members in by_class:
+        n = len(members)
+        even = min(n, max(n // 50, k * math.ceil(least / CLASSES)))
+        ends = draws.dirichlet([skew] * k).cumsum()[:-1] * (n - even)
+        parts = members[even:].tensor_split(ends.round().astype(int).tolist())
+        for i, part in enumerate(parts):
+            shards[i] += [members[:even][i::k], part]
+    return [torch.cat(parts).sort().values for parts in shards]
 
 
 def _shuffle_by_class(labels, seed):
@@ -240,7 +260,8 @@ class Batches:
     epoch and end in the next, so all batches have the same size.
 
     Takes images uint8 [N, 784], labels int64 [N] and the shard's indices [n].
-    Raises DataError if batch_size is not in 1 .. n.
+    Raises DataError if batch_size is not in 1 .. n. The attribute `classes` has
+    the shard's number of images of each class, [10].
     """
 
     def __init__(self, images, labels, indices, batch_size, seed, device='cpu'):
@@ -249,6 +270,7 @@ class Batches:
                             f'{len(indices)} images: 1 to {len(indices)} does')
         self._images, self._labels = images.to(device), labels.to(device)
         self._indices, self._size = indices, batch_size
+        self.classes = labels[indices].bincount(minlength=CLASSES)
         self._generator = torch.Generator().manual_seed(seed)
         self._queue = indices[:0]  # the indices that are left of the epoch
 
