@@ -207,9 +207,9 @@ class Exchange:
         """Adds messages that were dropped or lost to a Tally; sets in_flight."""
         tally.in_flight = len(self.mailbox)
         tally.dropped += self.dropped + self.mailbox.dropped
-        for way in self.links.values():
+        for i, way in self.links.items():
             tally.dropped += way.dropped
-            tally.lost += way.lost
+            tally.lost_to[i] = tally.lost_to.get(i, 0) + way.lost
 
 
 def split(tensor, blocks):

@@ -57,6 +57,7 @@ class Trainer:
         self._optimiser, self._schedule = make_optimiser(
             [network], [student] if student else [], settings)
         self._autocast = make_autocast(settings)
+        self._prior = make_prior(batches.classes, settings)
 
     @property
     def steps_taken(self):
@@ -100,7 +101,9 @@ class Trainer:
             logits = self.network.head(d[:len(y)]).to(d.dtype)  # [B, 10]
             answers = self.network.answer(d[len(y):])  # [R - B, E]
             loss = functional.cross_entropy(
-                logits, y, label_smoothing=self.settings.label_smoothing)
+                logits + self._prior,
+                y,
+                label_smoothing=self.settings.label_smoothing)
         check_finite(loss, 'target loss')
         self.exchange.answer(served, answers.detach(), self.steps_taken)
         # Backward: down to d, where Grads are rescaled, then on.
@@ -174,7 +177,8 @@ class Trainer:
                          new_zeros(len(block.x), answers.shape[1]))
             if grad and grad.version >= 0 and not self.finished:
                 # After a resume, a Grad can be about a later step than this.
-                self.tally.grad(max(0, self.steps_taken - grad.version))
+                self.tally.grad(max(0, self.steps_taken - grad.version),
+                                grad.sender)
         return torch.cat(parts) if parts else torch.zeros_like(answers)
 
     def _rescale(self, gradient, blocks):
@@ -228,7 +232,7 @@ class Trainer:
 
     def snapshot(self, networks=True, **ends):
         """index -> Snapshot of now; with counts alone unless `networks`."""
-        tally = copy.copy(self.tally)
+        tally = copy.deepcopy(self.tally)
         self.exchange.count(tally)
         of = (self.network, self.student) if networks else ()
         return {self.index: Snapshot(tally, *copy.deepcopy(of), **ends)}
@@ -266,6 +270,20 @@ def drop(h, own, settings, *seeds):
     mask, keep = torch.ones_like(h), 1 - settings.dropout
     mask[:own].bernoulli_(keep, generator=generator).div_(keep)
     return h * mask
+
+
+# Copied from synchronous_sequence/trainer.py
+def make_prior(classes, settings):
+    """What the target loss adds to the logits of own rows: [10].
+
+    It is `prior` times the log of each class's share of the own images (logit
+    adjustment, Menon et al. 2021, arXiv 2007.07314, equation 10). So a MACH
+    does not learn that classes which it has few images of are rare.
+
+    Args:
+        classes: own images of each class, [10].
+    """
+    return settings.prior * (classes / classes.sum()).log().to(settings.device)
 
 
 # Copied from synchronous_single/trainer.py

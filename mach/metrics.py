@@ -28,7 +28,8 @@ import tqdm
 
 # Decimals of measured values. A hyperparameter keeps every digit.
 DECIMALS = dict(rate=1, seconds=1, steps=0, loss=4, synthetic_loss=4)
-DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'staleness'), 2)
+DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'worth', 'staleness'),
+                          2)
 # Hyperparameters that may differ between repetitions of one experiment. Of
 # these only the seed and the data change the result.
 BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'dry_run',
@@ -44,7 +45,7 @@ COMBINE |= dict(staleness_max=max, dropped=sum, seconds=max, lost=sum)
 COMBINE |= dict(in_flight=sum)
 # A line of the log, and the kinds of lines that a reader needs.
 LINE = r'\w+(  \w+ \S+( \S+)*)+'
-KINDS = ('run', 'hparams', 'step', 'eval', 'final')
+KINDS = ('run', 'hparams', 'shard', 'step', 'eval', 'final', 'edge')
 # What people type -> the hyperparameter that they mean.
 SYNONYMS = dict(
     pair.split(':') for pair in (
@@ -56,23 +57,24 @@ tqdm.tqdm.monitor_interval = 0  # no thread that would outlive the run
 
 
 class Tally:
-    """What one MACH counts while it trains. copy.copy() copies all counts.
+    """What one MACH counts while it trains.
 
     Attributes:
         index: the number of the MACH.
         steps: training steps taken.
         seconds: wall time from `begin` to the end of the last step.
         staleness_max: the largest staleness of an applied Grad, in steps.
-        dropped, lost: messages; callers add to these two directly.
+        dropped: messages that were never used; callers add to it directly.
         in_flight: messages that are still on their way; callers set it.
+        lost_to: neighbour -> messages that got lost on the way to it.
+        grads: parent -> [Grads of it that were applied, sum of staleness].
     """
 
     def __init__(self, index):
         self.index = index
-        self.steps = self.staleness_max = self.dropped = self.lost = 0
-        self.in_flight = 0
+        self.steps = self.staleness_max = self.dropped = self.in_flight = 0
         self.seconds = 0.0
-        self._grads = self._staleness = 0
+        self.lost_to, self.grads = {}, {}
         self._open_window()
         self.begin()
 
@@ -104,16 +106,22 @@ class Tally:
         self._lessons += 1
         self._synthetic_loss += loss.item()
 
-    def grad(self, staleness):
+    def grad(self, staleness, parent):
         """Counts one applied Grad; `staleness` is in steps."""
-        self._grads += 1
-        self._staleness += staleness
+        grads, total = self.grads.get(parent, (0, 0))
+        self.grads[parent] = [grads + 1, total + staleness]
         self.staleness_max = max(self.staleness_max, staleness)
 
     @property
     def staleness(self):
         """Mean staleness over the run, in steps; nan without any Grad."""
-        return _ratio(self._staleness, self._grads)
+        grads, total = map(sum, zip((0, 0), *self.grads.values()))
+        return _ratio(total, grads)
+
+    @property
+    def lost(self):
+        """Messages that got lost on the way to a neighbour."""
+        return sum(self.lost_to.values())
 
     @property
     def rate(self):
@@ -137,12 +145,14 @@ class Tally:
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self):
-        """All counts, as plain numbers."""
+        """All counts, as plain numbers and dicts of them; not a copy."""
         return dict(vars(self))
 
     def load_state_dict(self, state):
         """Takes the counts over and starts the clock."""
         vars(self).update(state)
+        for name in 'lost_to', 'grads':  # JSON has turned its keys into text
+            setattr(self, name, {int(i): n for i, n in state[name].items()})
         self.begin()
 
 
@@ -198,14 +208,16 @@ class Log:
     Attributes:
         name: the file, for messages.
         run, hparams: the fields of these lines.
-        steps, evals, finals: the fields of each such line, in order.
+        shards, steps, evals, finals, edges: the fields of each such line, in
+            order.
         skipped: how many lines were no log lines.
     """
 
     def __init__(self, name):
         self.name = name
         self.run, self.hparams = {}, {}
-        self.steps, self.evals, self.finals = [], [], []
+        self.shards, self.steps, self.evals = [], [], []
+        self.finals, self.edges = [], []
         self.skipped = 0
 
     @property
@@ -231,7 +243,7 @@ def parse_log(text, name='log'):
             kind, fields = parse_line(line)
             if (kind == 'run') == bool(log.run):
                 raise ValueError('the first line of a log is its one run line')
-            if kind in ('step', 'eval', 'final') and any(
+            if kind in ('step', 'eval', 'final', 'edge') and any(
                     isinstance(fields.get(key), str) for key in DECIMALS):
                 raise ValueError(f'a word in place of a number: {line!r:.100}')
             if fields.get('seed', log.run.get('seed')) != log.run.get(
@@ -241,7 +253,7 @@ def parse_log(text, name='log'):
             raise ValueError(f'{name}:{number}: {error}') from None
         if kind in ('run', 'hparams'):
             setattr(log, kind, fields)
-        elif kind in ('step', 'eval', 'final'):
+        else:
             getattr(log, f'{kind}s').append(fields)
     if not log.run:
         raise ValueError(f'{name}: no run line')
@@ -330,13 +342,14 @@ def say(kind, /, **fields):
                     warn(line)
 
 
-def say_run(experiment, dataset, settings, threads, processes=1):
-    """Prints the first two lines of the log.
+def say_run(experiment, dataset, settings, shards, threads, processes=1):
+    """Prints the first lines of the log: run, hparams, and one of each shard.
 
     Args:
         experiment: its name.
         dataset: has a name and train_, validation_ and test_labels.
         settings: dataclass of the hyperparameters, with the chosen precision.
+        shards: for each MACH the number of its images of each class, a tensor.
         threads: how many compute at once; processes: how many there are.
     """
     modules = map(importlib.import_module, ('torch', 'torchvision', 'numpy'))
@@ -360,18 +373,40 @@ def say_run(experiment, dataset, settings, threads, processes=1):
         cpu=cpu)
     if not FAILED:
         say('hparams', **dataclasses.asdict(settings))
+    for i, classes in enumerate(() if FAILED else shards):
+        counts = ','.join(map(str, classes.tolist()))
+        say('shard', mach=i, images=int(classes.sum()), classes=counts)
 
 
-def say_finals(experiment, dataset, settings, finals):
-    """Prints the final line of every MACH and that of their mean.
+def say_finals(experiment, dataset, settings, found, snapshots):
+    """Prints the final line of every MACH, their mean's, and one of each edge.
+
+    The counts of an edge are of what the MACH sent to the child: Grads that the
+    child applied, how late they were, and messages of all kinds that got lost.
 
     Args:
         experiment, dataset, settings: as in `say_run`.
-        finals: a dict for each MACH: mach, synthetic, real (in %), totals.
+        found: a dict for each MACH: mach, synthetic and real (in %), worth,
+            which is a dict: child -> what its answers add to `real`, in points.
+        snapshots: index -> has the MACH's Tally as `tally`.
     """
     head = dict(experiment=experiment, dataset=dataset.name, seed=settings.seed)
+    worths = {one['mach']: one.pop('worth', {}) for one in found}
+    tallies = {i: one.tally for i, one in snapshots.items()}
+    finals = [one | tallies[one['mach']].totals() for one in found]
     for final in [*finals, mean(finals)]:
         say('final', **head, **final)
+    for i, worth in worths.items():
+        for child, points in worth.items():
+            grads, total = tallies[child].grads.get(i, (0, 0))
+            say(
+                'edge',
+                mach=i,
+                child=child,
+                worth=round(points, 2) + 0.0,  # never -0.00
+                staleness=_ratio(total, grads),
+                messages=grads,
+                lost=tallies[i].lost_to.get(child, 0))
 
 
 def choose_precision(asked, device):

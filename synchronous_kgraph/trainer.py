@@ -40,6 +40,7 @@ class Block:
     depth: int  # edges that the gradient of their inputs may travel
     grad: torch.Tensor | None = None  # [B, E], to apply; None for own rows
     computed: int = 0  # the step that computed the Grad
+    parents: tuple = ()  # indices of the MACHs that sent it
 
 
 class Trainer:
@@ -69,6 +70,10 @@ class Trainer:
         self.students = nn.ModuleList(s for s in student_of if s)
         self.batches, self.settings = batches, settings
         self.tallies = [metrics.Tally(i) for i in range(len(networks))]
+        self.shards = [  # of each MACH
+            batches[i % len(batches)].classes for i in range(len(networks))
+        ]
+        self._priors = [make_prior(one, settings) for one in self.shards]
         self._grads = [[] for _ in networks]  # Blocks in flight to each MACH
         self._answers = {}  # (MACH, which x, depth) -> a(x), of this step
         self._optimiser, self._schedule = make_optimiser(
@@ -146,7 +151,9 @@ class Trainer:
             if own:
                 logits = network.head(d[:own]).to(d.dtype)
                 loss = functional.cross_entropy(
-                    logits, y, label_smoothing=settings.label_smoothing)
+                    logits + self._priors[i],
+                    y,
+                    label_smoothing=settings.label_smoothing)
                 roots, gradients = [loss], [None]
             grads = [block.grad for block in blocks if block.grad is not None]
             if grads:
@@ -163,7 +170,8 @@ class Trainer:
         due = [block for block in self._grads[i] if block.computed <= last]
         self._grads[i] = [b for b in self._grads[i] if b.computed > last]
         for block in due:
-            self.tallies[i].grad(self.steps_taken - block.computed)
+            for parent in block.parents:
+                self.tallies[i].grad(self.steps_taken - block.computed, parent)
         return due
 
     @torch.no_grad()
@@ -207,11 +215,12 @@ class Trainer:
                 if block.depth == 0:
                     continue
                 grad = Block(block.x, block.depth - 1,
-                             weight * part[:, position], self.steps_taken)
+                             weight * part[:, position], self.steps_taken, (i,))
                 for other in self._grads[child]:
                     if (other.x is grad.x and other.depth == grad.depth and
                             other.computed == grad.computed):
                         other.grad = other.grad + grad.grad
+                        other.parents += grad.parents
                         break
                 else:
                     self._grads[child].append(grad)
@@ -232,7 +241,7 @@ class Trainer:
         made = {}
         for i, tally in enumerate(self.tallies):
             of = (self.networks[i], self.student_of[i]) if networks else ()
-            made[i] = Snapshot(copy.copy(tally), *copy.deepcopy(of), **ends)
+            made[i] = Snapshot(copy.deepcopy(tally), *copy.deepcopy(of), **ends)
         return made
 
     def _parts(self):
@@ -270,6 +279,19 @@ def drop(h, own, settings, *seeds):
     mask, keep = torch.ones_like(h), 1 - settings.dropout
     mask[:own].bernoulli_(keep, generator=generator).div_(keep)
     return h * mask
+
+
+def make_prior(classes, settings):
+    """What the target loss adds to the logits of own rows: [10].
+
+    It is `prior` times the log of each class's share of the own images (logit
+    adjustment, Menon et al. 2021, arXiv 2007.07314, equation 10). So a MACH
+    does not learn that classes which it has few images of are rare.
+
+    Args:
+        classes: own images of each class, [10].
+    """
+    return settings.prior * (classes / classes.sum()).log().to(settings.device)
 
 
 # Copied from synchronous_single/trainer.py

@@ -63,7 +63,9 @@ class Hyperparameters:
     # Data.
     data: str = hparam('data', 'folder of the MNIST files')
     validation: int = hparam(5000, 'held-out images, for eval lines', 10, 50000)
-    shards: str = hparam('full', 'images of a MACH', 'disjoint', 'full')
+    shards: str = hparam('full', 'images of a MACH', 'disjoint', 'skewed',
+                         'full')
+    skew: float = hparam(0.5, 'of skewed shards; 0.1: more', 0.01, 1e6)
     # Run.
     seed: int = hparam(0, 'draws weights, shards, batches', 0, 10**9)
     steps: int = hparam(2500, 'training steps of each MACH', 1, 10**9)
@@ -72,6 +74,7 @@ class Hyperparameters:
     evaluate_every: int = hparam(1000, 'steps; 0: no eval lines', 0, 10**9)
     device: str = hparam('cpu', 'of networks; cuda: never run', 'cpu', *GPUS)
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
+    edges: bool = hparam(True, 'print what each is worth', 'False', 'True')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
     checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
@@ -92,6 +95,7 @@ class Hyperparameters:
     student_learning_rate: float = hparam(0.002, 'peak', 0, 1e6)
     warmup: float = hparam(0.1, 'share of steps up to the peak', 0, 0.999)
     weight_decay: float = hparam(0.05, 'of the network', 0, 1e6)
+    prior: float = hparam(0.5, 'of own class frequencies in the loss', 0, 10)
     label_smoothing: float = hparam(0.1, 'of the target loss', 0, 0.999)
     dropout: float = hparam(0.0, 'of h: a MACH then needs its inputs', 0, 0.999)
 
@@ -189,7 +193,8 @@ def make_trainer(settings, dataset):
         data.DataError: the shards or the batch size cannot be.
     """
     batches = data.deal(dataset, settings.k, settings.shards,
-                        settings.batch_size, settings.seed, settings.device)
+                        settings.batch_size, settings.seed, settings.device,
+                        settings.skew)
     if settings.shards == 'full':  # in lockstep one batch serves all
         batches = batches[:1]
     children, networks, students = zip(*make_networks(settings))
@@ -286,7 +291,7 @@ def say_eval(step, snapshots, settings, dataset):
 
 
 @torch.inference_mode()
-def evaluate(snapshots, settings, images, labels):
+def evaluate(snapshots, settings, images, labels, edges=False):
     """Accuracies of all MACHs, in percent; NaN for a MACH without networks.
 
     `synthetic`: the inputs of the MACH are its student's output. `real`: they
@@ -296,36 +301,50 @@ def evaluate(snapshots, settings, images, labels):
     Args:
         snapshots: index -> Snapshot.
         images: uint8 [N, 784]; labels: [N].
+        edges: whether to find what each edge is worth.
     Returns:
-        A list of dict(mach, synthetic, real), in order.
+        A list of dict(mach, synthetic, real, worth), in order. worth: child ->
+        points of `real` that the MACH loses if zeros replace its answer.
     """
-    children, found = children_of(settings), {}
-    there = {i: one for i, one in snapshots.items() if one.network}
-    for i in sorted(snapshots):
+    there, found = {i: one for i, one in snapshots.items() if one.network}, {}
+    ways = []  # edges between MACHs that are there
+    for i, children in enumerate(children_of(settings)):
         start = 0.0 if i in there else math.nan
-        found[i] = dict(mach=i, synthetic=start, real=start)
+        worth = dict.fromkeys(children if edges else (), start)
+        found[i] = dict(mach=i, synthetic=start, real=start, worth=worth)
+        ways += [(i, position, child)
+                 for position, child in enumerate(children)
+                 if i in there and child in there]
     for chunk, y in zip(images.split(1000), labels.split(1000)):
         x = data.normalise(chunk.to(settings.device))  # [B, 784]
+
+        def points(one, d, y=y):  # d [B, E]
+            right = one.network.head(d).argmax(1).cpu() == y
+            return 100 * right.sum().item() / len(labels)
+
         inputs = {i: one.student and one.student(x) for i, one in there.items()}
         h = {i: one.network.local_part(x) for i, one in there.items()}
+        answers = {}  # MACH -> [B, E]
         for depth in range(settings.depth + 1):
+            for i, position, child in ways if answers else ():
+                inputs[i][:, position] = answers[child]  # of [B, C, E]
             d = {i: there[i].network.join(h[i], inputs[i]) for i in there}
             answers = {i: there[i].network.answer(d[i]) for i in there}
             for i, one in there.items():
-                right = one.network.head(d[i]).argmax(1).cpu() == y
-                points = 100 * right.sum().item() / len(labels)
-                found[i]['synthetic'] += points * (depth == 0)
-                found[i]['real'] += points * (depth == settings.depth)
-                for position, child in enumerate(children[i]):
-                    if child in there:  # inputs [B, C, E]
-                        inputs[i][:, position] = answers[child]
+                score = points(one, d[i])
+                found[i]['synthetic'] += score * (depth == 0)
+                found[i]['real'] += score * (depth == settings.depth)
+        for i, position, child in ways if edges else ():
+            one, without = there[i], inputs[i].clone()
+            without[:, position] = 0
+            found[i]['worth'][child] += points(one, d[i]) - points(
+                one, one.network.join(h[i], without))
     return list(found.values())
 
 
 # -------------------------------------------------------------------- summary
 
 
-# Copied from synchronous_single/main.py
 def main(words):
     """Runs the experiment and prints its log; returns the exit status."""
     settings, signals = read_hyperparameters(words), []
@@ -340,16 +359,14 @@ def main(words):
     except (data.DataError, OSError) as error:
         metrics.warn(f'{EXPERIMENT}: {error}')
         return 2
-    metrics.say_run(EXPERIMENT, dataset, settings, CORES)
+    metrics.say_run(EXPERIMENT, dataset, settings, trainer.shards, CORES)
     if settings.dry_run or metrics.FAILED:
         return int(bool(metrics.FAILED))
     with metrics.catch_signals(signals.append):  # there are results to save
         snapshots = train(trainer, settings, dataset, signals)
-        metrics.say_finals(EXPERIMENT, dataset, settings, [
-            found | snapshots[found['mach']].tally.totals()
-            for found in evaluate(snapshots, settings, dataset.test_images,
-                                  dataset.test_labels)
-        ])
+        found = evaluate(snapshots, settings, dataset.test_images,
+                         dataset.test_labels, settings.edges and not signals)
+        metrics.say_finals(EXPERIMENT, dataset, settings, found, snapshots)
     if signals:
         return 128 + signals[0]
     failed = any(one.failed for one in snapshots.values())

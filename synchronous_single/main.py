@@ -288,16 +288,14 @@ def main(words):
     except (data.DataError, OSError) as error:
         metrics.warn(f'{EXPERIMENT}: {error}')
         return 2
-    metrics.say_run(EXPERIMENT, dataset, settings, CORES)
+    metrics.say_run(EXPERIMENT, dataset, settings, trainer.shards, CORES)
     if settings.dry_run or metrics.FAILED:
         return int(bool(metrics.FAILED))
     with metrics.catch_signals(signals.append):  # there are results to save
         snapshots = train(trainer, settings, dataset, signals)
-        metrics.say_finals(EXPERIMENT, dataset, settings, [
-            found | snapshots[found['mach']].tally.totals()
-            for found in evaluate(snapshots, settings, dataset.test_images,
-                                  dataset.test_labels)
-        ])
+        found = evaluate(snapshots, settings, dataset.test_images,
+                         dataset.test_labels)
+        metrics.say_finals(EXPERIMENT, dataset, settings, found, snapshots)
     if signals:
         return 128 + signals[0]
     failed = any(one.failed for one in snapshots.values())

@@ -46,7 +46,7 @@ class Trainer:
     def __init__(self, network, student, batches, settings):
         self.network, self.student = network, student
         self.batches, self.settings = batches, settings
-        self.tallies = [metrics.Tally(0)]
+        self.tallies, self.shards = [metrics.Tally(0)], [batches.classes]
         self._grads = collections.deque()  # (step, x, gradient), oldest first
         self._optimiser, self._schedule = make_optimiser([network], [student],
                                                          settings)
@@ -82,7 +82,7 @@ class Trainer:
             with make_autocast(self.settings):
                 d = self.network(late)  # with the parameters of now
             d.backward(gradient)
-            tally.grad(self.steps_taken - computed)
+            tally.grad(self.steps_taken - computed, 0)
         tally.lesson(lesson.result())
         self._optimiser.step()
         self._optimiser.zero_grad()
@@ -109,7 +109,7 @@ class Trainer:
     def snapshot(self, networks=True, **ends):
         """0 -> Snapshot of now; with counts alone unless `networks`."""
         of = (self.network, self.student) if networks else ()
-        tally = copy.copy(self.tallies[0])
+        tally = copy.deepcopy(self.tallies[0])
         return {0: Snapshot(tally, *copy.deepcopy(of), **ends)}
 
     def _parts(self):
