@@ -310,11 +310,12 @@ def evaluate(snapshots, settings, images, labels, edges=False):
     ways = []  # edges between MACHs that are there
     for i, children in enumerate(children_of(settings)):
         start = 0.0 if i in there else math.nan
-        worth = dict.fromkeys(children if edges else (), start)
-        found[i] = dict(mach=i, synthetic=start, real=start, worth=worth)
-        ways += [(i, position, child)
-                 for position, child in enumerate(children)
-                 if i in there and child in there]
+        found[i] = dict(mach=i, synthetic=start, real=start, worth={})
+        for position, child in enumerate(children):
+            both = i in there and child in there
+            ways += [(i, position, child)] if both else []
+            if edges:
+                found[i]['worth'][child] = 0.0 if both else math.nan
     for chunk, y in zip(images.split(1000), labels.split(1000)):
         x = data.normalise(chunk.to(settings.device))  # [B, 784]
 

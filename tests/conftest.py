@@ -111,6 +111,7 @@ def make_settings(**overrides):
                   student_learning_rate=0.05,
                   warmup=0.1,
                   weight_decay=0.01,
+                  prior=0.5,
                   label_smoothing=0.1,
                   dropout=0.0,
                   device='cpu',
@@ -126,6 +127,7 @@ def make_settings(**overrides):
 
 class Batches:
     """Endless random batches; `taken` keeps them, `shift` changes labels."""
+    classes = torch.arange(1, CLASSES + 1)  # of the whole shard
 
     def __init__(self, seed, rows=4):
         self.taken, self.shift, self._rows = [], 0, rows

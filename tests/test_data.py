@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.server
 import itertools
+import math
 import os
 import pathlib
 import shutil
@@ -316,6 +317,38 @@ def test_shards(k):
                                (0, 'full', 'at least 1'), (k, 'half', 'half')):
         with pytest.raises(data.DataError, match=message):
             data.make_shards(labels, bad, kind)
+
+
+@pytest.mark.parametrize('k, skew, least', [(1, 0.5, 9), (5, 0.5, 64),
+                                            (5, 0.01, 1), (20, 1e6, 1),
+                                            (30, 0.1, 20), (30, 0.1, 1000)])
+def test_skewed_shards(k, skew, least):
+    labels = torch.arange(6000) % 10
+    shards = data.make_shards(labels, k, 'skewed', 3, skew, least)
+    assert torch.equal(torch.cat(shards).sort().values, torch.arange(6000))
+    assert all(torch.equal(shard, shard.unique()) for shard in shards)
+    counts = torch.stack([labels[s].bincount(minlength=10) for s in shards])
+    assert counts.min() >= 1 and counts.sum(1).min() >= min(least, 6000 // k)
+    spread = counts.double().std(0, correction=0) / (600 / k)
+    if k > 1 and least == 1:  # a Dirichlet draw over k has this deviation
+        wanted = math.sqrt((k - 1) / (k * skew + 1))
+        assert spread.mean() == pytest.approx(wanted, abs=0.05 + 0.2 * wanted)
+    other, = data.make_shards(labels, k, 'skewed', 4, skew, least)[:1]
+    assert k == 1 or least == 1000 or not torch.equal(shards[0], other)
+    with pytest.raises(data.DataError, match='600 is the largest'):
+        data.make_shards(labels, 601, 'skewed', 3, skew, least)
+
+
+def test_batches_know_their_classes():
+    dataset = data.Dataset('x', torch.zeros(60, 784),
+                           torch.arange(60) % 10, *[None] * 4)
+    made = data.deal(dataset, 3, 'skewed', 4, 0, skew=0.1)
+    assert sum(one.classes for one in made).tolist() == [6] * 10
+    for one in made:
+        size = int(one.classes.sum())
+        assert 4 <= size
+        seen = torch.cat([next(one)[1] for _ in range(size)])  # 4 epochs
+        assert torch.equal(seen.bincount(minlength=10), 4 * one.classes)
 
 
 def make_batches(n=50, size=8, seed=1):

@@ -300,8 +300,11 @@ def test_dropped_and_lost_messages_are_counted(folder):
     for i in range(6):
         tell('Spike', (9, i), 9, draw(1), 0)
     sinks[0].dropped, sinks[0].lost, trainer.exchange.dropped = 10, 20, 30
+    trainer.tally.lost_to[0] = 5  # before a restart
     tally = trainer.snapshot()[5].tally
-    assert (tally.dropped, tally.lost) == (2 + 10 + 30, 20)
+    assert tally.dropped == 2 + 10 + 30
+    assert tally.lost_to == {0: 25, 9: 0} and tally.lost == 25
+    assert trainer.tally.lost_to == {0: 5}
     trainer.serve(0.0)
     assert {a.key[1] for a in sinks[9].take('Answer')} == {2, 3, 4, 5}
 
@@ -410,7 +413,8 @@ def test_a_new_message_wakes_the_owner_of_a_mailbox(folder, messages):
 
 def test_every_edge_has_two_links_that_draw_by_themselves(folder, monkeypatch):
     main, links = conftest.load_main(folder), {}
-    monkeypatch.setattr(main.data, 'deal', lambda *_: [None] * 3)
+    monkeypatch.setattr(main.data, 'deal',
+                        lambda *_: [conftest.Batches(i) for i in range(3)])
     monkeypatch.setattr(main, 'Link', lambda *given: given)
     settings = main.Hyperparameters(k=3, latency=5, jitter=2, loss_rate=0.5)
     trainers = main.make_trainers(settings, None)

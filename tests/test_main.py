@@ -44,6 +44,7 @@ RUN_KEYS = ('experiment dataset train validation test seed device precision '
 STEP_KEYS = 'step mach loss train synthetic_loss staleness rate'.split()
 FINAL_KEYS = ('experiment dataset seed mach synthetic real steps rate '
               'staleness staleness_max dropped seconds lost in_flight').split()
+EDGE_KEYS = 'mach child worth staleness messages lost'.split()
 
 
 @every_experiment
@@ -67,6 +68,7 @@ def test_a_run_learns_and_logs(run_here, tmp_path, experiment):
         assert list(fields) == 'step mach synthetic real seconds'.split()
         assert fields['mach'] == 'mean' and fields['seconds'] > 0
     check_finals(experiment, log)
+    check_edges(experiment, log)
     for key, floor in zip(('synthetic', 'real'), FLOORS[experiment]):
         assert all(floor <= final[key] < 100 for final in log.finals)
         # Validation images differ from test images, and are as difficult.
@@ -104,6 +106,33 @@ def check_finals(experiment, log):
         else:
             assert final['staleness'] == final['staleness_max'] == 1
             assert final['dropped'] == 0
+
+
+def check_edges(experiment, log):
+    """Every MACH has a shard line, every edge has a line, in order."""
+    assert [f['mach'] for f in log.shards] == [*range(len(log.finals) - 1)]
+    for fields in log.shards:
+        counts = list(map(int, fields['classes'].split(',')))
+        assert len(counts) == 10 and sum(counts) == fields['images']
+    whole = log.hparams.get('shards', 'full') == 'full'
+    images = [f['images'] for f in log.shards]
+    assert set(images) == {55000} if whole else sum(images) == 55000
+    ways = []
+    if experiment in SEVERAL:
+        main = conftest.load_main(experiment)
+        settings = main.Hyperparameters(k=log.hparams['k'])
+        for i, children in enumerate(main.children_of(settings)):
+            ways += [(i, child) for child in children]
+    assert [(f['mach'], f['child']) for f in log.edges] == ways
+    for edge in log.edges:
+        assert list(edge) == EDGE_KEYS
+        late = [
+            f['staleness_max'] for f in log.finals if f['mach'] == edge['child']
+        ]
+        assert 0 < edge['staleness'] <= late[0]
+        assert 150 < edge['messages'] and edge['lost'] == 0
+    if ways:
+        assert max(abs(edge['worth']) for edge in log.edges) > 0.1
 
 
 # ------------------------------------------------------- threads, evaluations
@@ -158,7 +187,7 @@ def test_a_student_learns_beside_its_teacher(run_here, before, monkeypatch):
 def test_training_goes_on_during_an_evaluation(run_here, before, experiment):
     trainers, seen = weakref.WeakSet(), []
 
-    def evaluate(snapshots, _, images, __):
+    def evaluate(snapshots, _, images, *__):
         slowest = min(one.tally.steps for one in snapshots.values())
         seen.append((slowest, len(images)))
         assert wait_until(lambda: {t.steps_taken for t in trainers} == {120})
@@ -208,25 +237,41 @@ def test_evaluation_is_a_composition_of_the_networks(experiment, dataset,
         for parameter in network.parameters():
             parameter.data.normal_()  # so that MACHs disagree
         snapshots[i] = snapshot(metrics.Tally(i), network, student)
-    snapshots[0] = snapshot(metrics.Tally(0), failed=True)
+    snapshots[0], worths = snapshot(metrics.Tally(0), failed=True), []
 
-    def embed(i, x, depth):
-        one = snapshots[i]
+    @torch.no_grad()
+    def embed(i, x, depth, inputs=False):
+        one, asked = snapshots[i], inputs
         inputs = one.student(x) if one.student else None
         for position, child in enumerate(children[i]):
             if depth > 0 and child != 0:
                 d = embed(child, x, depth - 1)
                 inputs[:, position] = snapshots[child].network.answer(d)
-        return one.network(x, inputs)
+        return inputs if asked else one.network(x, inputs)
 
     for i in (1, 2, 3):
         for key, edges in (('synthetic', 0), ('real', depth)):
-            with torch.no_grad():
-                d = embed(i, mach_data.normalise(images), edges)
-                labels = snapshots[i].network.head(d).argmax(1)
-            found = main.evaluate(snapshots, settings, images, labels)
+            d = embed(i, mach_data.normalise(images), edges)
+            labels = snapshots[i].network.head(d).argmax(1)
+            found = main.evaluate(snapshots, settings, images, labels, True)
             assert found[i][key] > 99.5
             assert math.isnan(found[0][key])
+        # Labels are those of the last composition, which is `real`.
+        for position, child in enumerate(children[i]):
+            if child == 0:  # it has failed
+                assert math.isnan(found[i]['worth'][0])
+                continue
+            inputs = embed(i, mach_data.normalise(images), depth, inputs=True)
+            inputs[:, position] = 0
+            with torch.no_grad():
+                d = snapshots[i].network(mach_data.normalise(images), inputs)
+                wrong = snapshots[i].network.head(d).argmax(1) != labels
+            assert found[i]['worth'][child] == pytest.approx(
+                100 * wrong.double().mean(), abs=0.5)
+            worths.append(found[i]['worth'][child])
+        assert main.evaluate(snapshots, settings, images,
+                             labels)[i]['worth'] == {}
+    assert max(worths) > 0.1
 
 
 def test_evaluation_of_a_teacher_and_its_student(dataset):
@@ -254,10 +299,11 @@ def test_other_settings(run_here, experiment):
         assert {f['steps'] for f in log.finals} == {log.hparams['steps']}
         assert log.run['precision'] == log.hparams['precision']
     code, log, _ = run_here(experiment, '--dry_run=True')
-    assert code == 0 and log.run and log.hparams['dry_run'] is True
+    assert code == 0 and log.run and log.shards and log.hparams['dry_run']
     assert not log.steps + log.evals + log.finals
-    _, log, _ = run_here(experiment, '--evaluate_every=0')
-    assert log.steps and not log.evals and log.mean['real'] >= 0
+    words = ['--edges=False'] * (experiment in SEVERAL)
+    _, log, _ = run_here(experiment, '--evaluate_every=0', *words)
+    assert log.steps and not log.evals + log.edges and log.mean['real'] >= 0
 
 
 @several_machs
@@ -334,7 +380,7 @@ BAD_VALUES = dict(line.strip().split(maxsplit=1) for line in """
     steps many 2.5 1e3 0 1000000001 nan True; seed -1; batch_size 0 60001;
     log_every 0; evaluate_every -5; validation 9 50001; k 0 -3 three 1001;
     hidden 1 1000000000000; student_hidden 0; embedding 0; depth -1 1000000;
-    dry_run maybe; connected 0; shards some; inputs maybe; precision bf fp8;
+    dry_run maybe; edges 1; skew 0 nan; prior -0.5; connected 0; shards some; inputs maybe; precision bf fp8;
     learning_rate fast nan inf 1e999 -0.1 -1e-3 -.5; weight_decay nan;
     student_learning_rate -1e-3; warmup 1 -.5; dropout 1.0; label_smoothing 1.5;
     grad_weight -1; delay -1; deadline 0; share 0 1.1; latency -1; jitter nan;

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import math
 import re
 import subprocess
@@ -16,20 +17,22 @@ from conftest import ROOT
 from mach import main, metrics
 
 NAN = math.nan
-# The log of a finished run, with lines of two kinds that the reader skips.
+# The log of a finished run, with a line of a kind that the reader skips.
 # pylint: disable=line-too-long
 LINES = '''run  experiment x  dataset MNIST  seed 0  commit 12e4567
 hparams  k 5  rate 0.0012  loss mse  data a b  on True
-shard  mach 0  images 9
+shard  mach 0  images 9  classes 5,4
+note  a 1
 step  5  mach 0  loss 2.0000  train nan
 step  5  mach 1
 eval  step 5  mach mean  real 90.00  seconds 9.1
 final  mach 0  synthetic 90.00  real 95.00  steps 9  rate 40.0  staleness 1.00  staleness_max 5  dropped 2  seconds 60.0  lost 2
 final  mach 1  synthetic 91.00  real 96.00  steps 9  rate 39.0  staleness 3.00  staleness_max 4  dropped 1  seconds 61.0  lost 2
-edge  mach 0  child 3
 final  mach mean  synthetic 90.50  real 95.50  steps 9  rate 39.5  staleness 2.00  staleness_max 5  dropped 3  seconds 61.0  lost 4
+edge  mach 0  child 1  worth -0.50  staleness 1.50  messages 8  lost 2
+edge  mach 1  child 0  worth nan  staleness nan  messages 0  lost 0
 '''.splitlines()
-FIRST, SECOND, MEAN = (metrics.parse_line(LINES[i])[1] for i in (6, 7, 9))
+FIRST, SECOND, MEAN = (metrics.parse_line(LINES[i])[1] for i in (7, 8, 9))
 
 
 def test_tally_counts(monkeypatch):
@@ -45,25 +48,28 @@ def test_tally_counts(monkeypatch):
         tally.step(torch.tensor(loss), logits[:rows], y[:rows])
     now[0] += 9  # This time passes after the last step.
     for count in 4, 1:
-        tally.grad(count)
+        tally.grad(count, parent=count)
         tally.lesson(torch.tensor(2.0 + count))
     tally.dropped += 7
     assert metrics.format_line('step', **tally.report()) == (
         'step  3  mach 2  loss 1.0000  train 80.00  synthetic_loss 4.5000  '
         'staleness 2.50  rate 0.5')
     now[0] += 99  # This time passes before the process is restarted.
-    resumed, state = metrics.Tally(2), tally.state_dict()
-    assert {type(value) for value in state.values()} <= {int, float}
-    resumed.load_state_dict(state)
+    tally.lost_to[3] = 6
+    resumed, state = metrics.Tally(2), json.dumps(tally.state_dict())
+    resumed.load_state_dict(json.loads(state))
     now[0] += 6
-    resumed.grad(1)
+    resumed.grad(1, parent=4)
+    resumed.lost_to[3] += 1
     resumed.step(torch.tensor(8.0), logits, y)
     assert metrics.format_line('step', **resumed.report()) == (
         'step  4  mach 2  loss 8.0000  train 75.00  synthetic_loss nan  '
         'staleness 2.00  rate 0.3')
     assert metrics.format_line('final', **resumed.totals()) == (
         'final  steps 4  rate 0.3  staleness 2.00  staleness_max 4  dropped 7  '
-        'seconds 12.0  lost 0  in_flight 0')
+        'seconds 12.0  lost 7  in_flight 0')
+    assert resumed.grads == {4: [2, 5], 1: [1, 1]}
+    assert json.dumps(tally.state_dict()) == state, 'the old one has changed'
 
 
 def test_lines_are_written_as_they_are_read():
@@ -85,7 +91,7 @@ BAD = ('final  real', 'final  real 97 ', 'step  mach 1  400', 'final  a-b 5',
 @pytest.mark.parametrize(
     'lines, number',
     [(LINES[1:], 1),
-     (LINES + LINES, 11), *(([LINES[0], line], 2) for line in BAD)])
+     (LINES + LINES, 13), *(([LINES[0], line], 2) for line in BAD)])
 def test_what_is_no_log_is_refused_with_its_place(tmp_path, lines, number):
     path = tmp_path / 'bad.txt'
     path.write_text('\n'.join([*lines, '']), encoding='latin-1')
@@ -104,12 +110,15 @@ def test_a_log_is_read_but_for_unknown_kinds_and_a_cut_line(tmp_path):
     assert [step['mach'] for step in log.steps] == [0, 1]
     assert log.evals == [dict(step=5, mach='mean', real=90.0, seconds=9.1)]
     assert log.finals == [FIRST, SECOND, log.mean] and log.mean == MEAN
-    assert log.skipped == 0
+    assert log.skipped == 0 and log.shards == [
+        dict(mach=0, images=9, classes='5,4')
+    ]
+    assert [edge['worth'] for edge in log.edges][0] == -0.5
     head, *tail = LINES  # a launcher, print() in a fork, a third stream
     path.write_text('\n'.join(['nohup: x', '', head, 'x xy', *tail, '\xff\n']),
                     encoding='latin-1')
     assert metrics.read_log(path).skipped == 4
-    path.write_text('\n'.join(LINES))
+    path.write_text('\n'.join(LINES[:-2]))
     assert metrics.read_log(path).mean is None
 
 
@@ -118,9 +127,18 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
     dataset.validation_labels, dataset.test_labels = 'ab', 'abc'
     names = 'seed', 'device', 'precision'
     settings = dataclasses.make_dataclass('Settings', names)(3, 'cpu', 'bf16')
-    metrics.say_run('x', dataset, settings, 2, processes=3)
-    metrics.say_finals('x', dataset, settings, [FIRST, SECOND])
-    run, hparams, *finals = capsys.readouterr().out.splitlines()
+    shards, snapshots, found = [torch.tensor([5, 4])], {}, []
+    metrics.say_run('x', dataset, settings, shards, 2, processes=3)
+    for i, fields in enumerate((FIRST, SECOND)):
+        tally = metrics.Tally(i)
+        tally.totals = lambda fields=fields: fields
+        snapshots[i] = types.SimpleNamespace(tally=tally)
+        found.append(dict(list(fields.items())[:3], worth={1 - i: NAN}))
+    found[0]['worth'] = {1: -0.501}
+    snapshots[0].tally.lost_to = {1: 2}
+    snapshots[1].tally.grads = {0: [8, 12]}
+    metrics.say_finals('x', dataset, settings, found, snapshots)
+    run, hparams, shard, *finals = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         'run  experiment x  dataset MNIST  train 4  validation 2  test 3  '
         'seed 3  device cpu  precision bf16  torch 2.*  torchvision .*  '
@@ -128,7 +146,8 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
         r'processes 3  cpu \w+', run)
     assert hparams == 'hparams  seed 3  device cpu  precision bf16'
     head = 'final  experiment x  dataset MNIST  seed 3'
-    assert finals == [LINES[i].replace('final', head) for i in (6, 7, 9)]
+    assert shard == LINES[2]
+    assert finals == [line.replace('final', head) for line in LINES[7:]]
     shown = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown))
     metrics.say('step', step=1)

@@ -114,8 +114,8 @@ def test_what_a_fork_may_do(tmp_path):
     shutil.copytree(conftest.ROOT / 'asynchronous_kgraph', folder)
     text = (folder / 'main.py').read_text(encoding='utf-8')
     text = text.replace(
-        'def evaluate(snapshots, settings, images, labels):\n',
-        'def evaluate(snapshots, settings, images, labels):\n'
+        'def evaluate(snapshots, settings, images, labels, edges=False):\n',
+        'def evaluate(snapshots, settings, images, labels, edges=False):\n'
         '    assert settings.seed != 1\n')
     text = text.replace(
         'trainer.step(halt.is_set)',
