@@ -59,13 +59,14 @@ class Mailbox:
     """Messages that are on their way to one MACH, or have arrived.
 
     Args:
-        limit: most messages it holds; the oldest one makes room.
+        limit: most messages it holds. The oldest that has arrived makes room;
+            if all are on their way, a new one finds no room.
         clock: gives seconds.
     """
 
     def __init__(self, limit=1024, clock=time.monotonic):
         self.limit, self.clock = limit, clock
-        self.dropped = 0  # messages that made room
+        self.dropped = 0  # messages for which there was no room
         self._messages = []  # heap of (when due, number, message)
         self._numbers = itertools.count()  # keeps order where dues are equal
         # It guards a few pointer moves, never a computation.
@@ -77,11 +78,15 @@ class Mailbox:
     def put(self, message, delay=0.0):
         """Adds a message, due in `delay` seconds; never waits for the owner."""
         with self._arrival:
-            entry = self.clock() + delay, next(self._numbers), message
-            heapq.heappush(self._messages, entry)
-            if len(self._messages) > self.limit:
-                heapq.heappop(self._messages)
+            now = self.clock()
+            if len(self._messages) >= self.limit:
                 self.dropped += 1
+                # Else a full heap would lose each message on its way.
+                if not self._messages or self._messages[0][0] > now:
+                    return
+                heapq.heappop(self._messages)
+            entry = now + delay, next(self._numbers), message
+            heapq.heappush(self._messages, entry)
             self._arrival.notify()
 
     def collect(self, timeout=0.0):

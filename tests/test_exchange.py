@@ -382,6 +382,21 @@ def test_links_delay_and_lose_messages_at_random(folder):
     assert abs(sum(delays) / len(delays) - 2.5) < 0.05
 
 
+def test_a_full_mailbox_still_delivers(folder):
+    """It drops the oldest that has come, but none of those on their way."""
+    clock, mailbox, far = connect(folder, 10.0)
+    mailbox.limit = 3
+    for i in range(5):
+        clock.now = i
+        far.send(i)
+    assert mailbox.dropped == 2
+    clock.now = 11.5
+    far.send(5)  # 0 and 1 have come, 2 is on its way
+    assert mailbox.dropped == 3 and mailbox.collect() == [1]
+    clock.now = 21.5
+    assert mailbox.collect() == [2, 5]
+
+
 def test_a_mailbox_waits_until_the_first_message_is_due(folder):
     clock, mailbox, slow = connect(folder, 3.0)
     fast = conftest.load(folder).link.Link(mailbox, 0.5)
