@@ -112,6 +112,7 @@ class Hyperparameters:
     prior: float = hparam(0.5, 'of own class frequencies in the loss', 0, 10)
     label_smoothing: float = hparam(0.1, 'of the target loss', 0, 0.999)
     dropout: float = hparam(0.3, 'of h: a MACH then needs its inputs', 0, 0.999)
+    alone: float = hparam(0.2, 'of own rows lack h; times 1 - 5 / k', 0, 1)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

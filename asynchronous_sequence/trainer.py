@@ -7,6 +7,10 @@ The staleness of a Grad is the number of steps by which it is late.
 Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 neither many Grads nor large ones outweigh the own data, on any schedule.
 
+The more MACHs, the smaller the shards. Beyond 5 MACHs, a MACH learns some own
+rows from its children's answers alone, and its student asks about any rows that
+it sees, those of other MACHs too.
+
 A finished MACH has a learning rate of 0. It goes on answering Spikes, and sends
 Grads while a child still learns.
 """
@@ -57,6 +61,8 @@ class Trainer:
             [network], [student] if student else [], settings)
         self._autocast = make_autocast(settings)
         self._prior = make_prior(batches.classes, settings)
+        # Share of own rows; 0 up to 5 MACHs.
+        self._alone = settings.alone * max(0.0, 1 - 5 / settings.k)
 
     @property
     def steps_taken(self):
@@ -92,8 +98,9 @@ class Trainer:
         """
         # The messages of this step.
         self.exchange.receive()
-        served, lessons = self.exchange.take()
-        # Forward: own rows and those of Spikes and Grads, R in all.
+        taken, lessons = self.exchange.take()
+        served = [block for block in taken if block.grad]
+        # Forward: own rows and those of Grads, R in all.
         with self._autocast:
             inputs, embedding = self._embed([own, *served], len(y))
             d = embedding.detach().requires_grad_()  # [R, E]
@@ -105,6 +112,7 @@ class Trainer:
                 label_smoothing=self.settings.label_smoothing)
         check_finite(loss, 'target loss')
         self.exchange.answer(served, answers.detach(), self.steps_taken)
+        self._answer([block for block in taken if not block.grad])
         # Backward: down to d, where Grads are rescaled, then on.
         torch.autograd.backward([loss, answers],
                                 [None, self._collect(served, answers)])
@@ -118,7 +126,7 @@ class Trainer:
         self._optimiser.zero_grad()
         # Tell the neighbours.
         if self.exchange.children:
-            self._tell_children(own, served, inputs.grad)
+            self._tell_children(own, served, taken, inputs.grad)
         if not self.finished:
             self._schedule.step()
             self.tally.step(loss, logits, y)
@@ -133,13 +141,16 @@ class Trainer:
         if self.finished and self.exchange.child_learns():
             x, y = next(self.batches)
             self.learn(Block(x), y)
-        served, _ = self.exchange.take(learning=False)
-        if served:
-            with torch.no_grad(), self._autocast:
-                values = self.network.answer(self._embed(served, 0)[1])
-            self.exchange.answer(served, values, self.steps_taken)
+        self._answer(self.exchange.take(learning=False)[0])
 
     # ----------------------------------------------------- parts of the step
+
+    def _answer(self, asked):
+        """Answers the Spikes of Blocks, with a forward without a graph."""
+        if asked:
+            with torch.no_grad(), self._autocast:
+                values = self.network.answer(self._embed(asked, 0)[1])
+            self.exchange.answer(asked, values, self.steps_taken)
 
     def _embed(self, blocks, own):
         """One forward of all Blocks; the first `own` rows have dropout.
@@ -153,12 +164,17 @@ class Trainer:
         """
         x, inputs = torch.cat([block.x for block in blocks]), None  # [R, 784]
         h = self.network.local_part(x)  # [R, E]
-        h = drop(h, own, self.settings, self.index, self.steps_taken)
+        seeds = self.settings.seed, self.index, self.steps_taken
+        h = drop(h, own, self.settings, *seeds[1:])
         if self.exchange.children:
             with torch.no_grad():
                 inputs = self.student(x)
             self._fill_in(inputs, blocks)
             inputs.requires_grad_()
+            if own and self._alone:
+                rows = math.ceil(self._alone * own)
+                parts = drop_parts(h, inputs, rows, *seeds)
+                return inputs, self.network.join(*parts)
         return inputs, self.network.join(h, inputs)
 
     def _fill_in(self, inputs, blocks):
@@ -168,17 +184,13 @@ class Trainer:
                 part[:, self.exchange.children.index(child)] = answer.value
 
     def _collect(self, served, answers):
-        """Grads about answers [R - B, E], in that shape; 0 without a Grad."""
-        parts = []
-        for block in served:
-            grad = block.grad
-            parts.append(grad.gradient if grad else answers.
-                         new_zeros(len(block.x), answers.shape[1]))
-            if grad and grad.version >= 0 and not self.finished:
+        """Grads about answers [R - B, E], in that shape."""
+        for grad in (block.grad for block in served):
+            if grad.version >= 0 and not self.finished:
                 # After a resume, a Grad can be about a later step than this.
                 self.tally.grad(max(0, self.steps_taken - grad.version),
                                 grad.sender)
-        return torch.cat(parts) if parts else torch.zeros_like(answers)
+        return torch.cat([answers[:0], *(b.grad.gradient for b in served)])
 
     def _rescale(self, gradient, blocks):
         """Scales each Grad to `grad_weight` times the own gradient, in place.
@@ -205,13 +217,16 @@ class Trainer:
         loss.backward()
         self.tally.lesson(loss)
 
-    def _tell_children(self, own, served, gradient):
-        """Sends Grads as far as they may travel, and a Spike about own rows.
+    def _tell_children(self, own, served, taken, gradient):
+        """Sends Grads as far as they may travel, and a Spike.
 
         Only the own rows with the largest gradients go (`share`). The rest
-        would cost the children as much and teach them little.
+        would cost the children as much and teach them little. The Spike is
+        about the same rows, or with `alone` about any of this step.
 
         Args:
+            served: the Blocks with Grads.
+            taken: all Blocks of this step, but the own.
             gradient: [R, C, E], of the Blocks' inputs; own rows come first.
         """
         depth = self.settings.depth
@@ -220,8 +235,15 @@ class Trainer:
             rows = math.ceil(self.settings.share * len(own.x))
             norms = vector_norm(first.flatten(1), dim=1)
             largest = norms.topk(rows).indices
-            first = first[largest]
-            own = self.exchange.ask(own.x[largest], max(0, depth - 1))
+            first, question = first[largest], own.x[largest]
+            sent = Block(question)
+            if self._alone:
+                x = torch.cat([block.x for block in (own, *taken)])
+                draw = torch.Generator().manual_seed(
+                    hash((self.settings.seed, self.index, self.steps_taken)))
+                question = x[torch.randperm(len(x), generator=draw)[:rows]]
+            asked = self.exchange.ask(question, max(0, depth - 1))
+            own = sent if self._alone else asked
         self.exchange.send_grads(own, first, depth)
         for block, part in zip(served, parts):
             if block.grad:
@@ -269,6 +291,21 @@ def drop(h, own, settings, *seeds):
     mask, keep = torch.ones_like(h), 1 - settings.dropout
     mask[:own].bernoulli_(keep, generator=generator).div_(keep)
     return h * mask
+
+
+def drop_parts(h, inputs, rows, *seeds):
+    """h [R, E] and inputs [R, C, E] without parts of the first `rows` rows.
+
+    These rows have no h, and on average half of their inputs, which count
+    twice. So the Grads about them tell each child what the labels are, even
+    when the own h already fits them. The seeds draw the inputs.
+    """
+    generator = torch.Generator(h.device)
+    generator.manual_seed(hash((*seeds, 1)))  # else as in drop
+    keep, mask = torch.ones_like(h[:, :1]), torch.ones_like(inputs[:, :, :1])
+    keep[:rows] = 0
+    mask[:rows].bernoulli_(0.5, generator=generator).mul_(2)
+    return h * keep, inputs * mask
 
 
 # Copied from synchronous_sequence/trainer.py

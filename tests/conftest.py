@@ -98,6 +98,8 @@ def load_main(folder):
 def make_settings(**overrides):
     """Hyperparameters of a tiny experiment, as far as trainers know them."""
     values = dict(seed=3,
+                  k=5,
+                  alone=0.2,
                   steps=40,
                   depth=2,
                   delay=0,
