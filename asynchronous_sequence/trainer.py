@@ -235,19 +235,28 @@ class Trainer:
             rows = math.ceil(self.settings.share * len(own.x))
             norms = vector_norm(first.flatten(1), dim=1)
             largest = norms.topk(rows).indices
-            first, question = first[largest], own.x[largest]
-            sent = Block(question)
+            first, sent = first[largest], own.x[largest]
             if self._alone:
-                x = torch.cat([block.x for block in (own, *taken)])
-                draw = torch.Generator().manual_seed(
-                    hash((self.settings.seed, self.index, self.steps_taken)))
-                question = x[torch.randperm(len(x), generator=draw)[:rows]]
-            asked = self.exchange.ask(question, max(0, depth - 1))
-            own = sent if self._alone else asked
+                question = self._draw_question([own, *taken], rows)
+                self.exchange.ask(question, max(0, depth - 1))
+                own = Block(sent)
+            else:
+                own = self.exchange.ask(sent, max(0, depth - 1))
         self.exchange.send_grads(own, first, depth)
         for block, part in zip(served, parts):
-            if block.grad:
-                self.exchange.send_grads(block, part, block.grad.depth)
+            self.exchange.send_grads(block, part, block.grad.depth)
+
+    def _draw_question(self, blocks, rows):
+        """x [rows, 784] of the next Spike: rows of any Blocks of this step.
+
+        A student needs no labels. So it can learn about images of other MACHs,
+        even of those beyond the neighbours (Beyer et al. 2021, arXiv
+        2106.05237, section 3, on what a student should see).
+        """
+        x, generator = torch.cat([b.x for b in blocks]), torch.Generator()
+        generator.manual_seed(
+            hash((self.settings.seed, self.index, self.steps_taken, 2)))
+        return x[torch.randperm(len(x), generator=generator)[:rows]]
 
     # ------------------------------------------------- snapshots, checkpoints
 

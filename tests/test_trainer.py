@@ -330,6 +330,53 @@ def test_rows_with_the_largest_gradients_are_sent(folder, share, rows, still):
 
 
 @asynchronous
+def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
+    """Two of four own rows lack h and half of the inputs, which count twice."""
+    drawn, owner = [], conftest.load(folder).trainer
+    monkeypatch.setattr(owner,
+                        'drop_parts',
+                        lambda *given, then=owner.drop_parts: drawn.append(
+                            then(*given)) or drawn[-1])
+    trainer, sinks, tell = make_lone(folder, (0, 1), k=10, alone=1.0)
+    told = draw(8, 4, WIDTH)
+    tell('Grad', (9, 1), 9, draw(1), told, 0, 0)
+    tell('Spike', (9, 2), 9, draw(2), 0)
+    trainer.step()
+    (x, y), = trainer.batches.taken
+    whole = trainer.network.local_part(x), trainer.student(x)
+    (h, inputs), = drawn
+    assert not h[:2].any() and torch.equal(h[2:4], whole[0][2:])
+    assert torch.equal(inputs[2:4], whole[1][2:])
+    times = (inputs[:2] / whole[1][:2]).round(decimals=6)
+    assert set(times.unique().tolist()) <= {0.0, 2.0}
+    assert_close(h[4:], trainer.network.local_part(draw(1)))  # of the Grad
+    # Its Grads are about own rows; its Spike is about any that it has seen.
+    (spike, *_), grads_sent = sinks[0].take('Spike'), sinks[0].take('Grad')
+    seen = torch.cat([x, draw(1), draw(2)])
+    assert all((seen == row).all(1).any() for row in spike.x)
+    assert {row.sum().item() for row in spike.x
+           } != {row.sum().item() for row in x}
+    assert torch.equal(grads_sent[0].x.sort(0).values, x.sort(0).values)
+    assert sinks[9].take('Answer')[0].key == (9, 2)
+    for k, share in (5, 0.0), (10, 0.1), (1000, 0.199):
+        one, *_ = make_lone(folder, k=k, alone=0.2)
+        assert one._alone == pytest.approx(share)
+
+
+@asynchronous
+def test_parts_are_dropped_by_the_seeds(folder):
+    drop_parts = conftest.load(folder).trainer.drop_parts
+    h, inputs = draw(1, 900), draw(2, 900, 15).view(900, 3, 5)
+    _, found = drop_parts(h, inputs, 800, 3, 1, 7)
+    kept = found[:800].any(2)
+    assert abs(kept.double().mean() - 0.5) < 0.05
+    assert torch.equal(found[:800], 2 * inputs[:800] * kept.unsqueeze(2))
+    for seeds in ((3, 1, 7), (4, 1, 7), (3, 2, 7), (3, 1, 8)):
+        again = drop_parts(h, inputs, 800, *seeds)[1]
+        assert torch.equal(again, found) == (seeds == (3, 1, 7))
+
+
+@asynchronous
 def test_lessons(folder, still):
     """A student learns the slices of the children that have answered."""
     trainer, sinks, tell = make_lone(folder, (0, 1))
