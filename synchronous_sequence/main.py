@@ -95,7 +95,7 @@ class Hyperparameters:
     student_learning_rate: float = hparam(0.002, 'peak', 0, 1e6)
     warmup: float = hparam(0.1, 'share of steps up to the peak', 0, 0.999)
     weight_decay: float = hparam(0.05, 'of the network', 0, 1e6)
-    prior: float = hparam(0.5, 'of own class frequencies in the loss', 0, 10)
+    prior: float = hparam(0.4, 'of own class frequencies in the loss', 0, 10)
     label_smoothing: float = hparam(0.1, 'of the target loss', 0, 0.999)
     dropout: float = hparam(0.0, 'of h: a MACH then needs its inputs', 0, 0.999)
 
