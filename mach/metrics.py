@@ -32,8 +32,8 @@ DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'worth', 'staleness'),
                           2)
 # Hyperparameters that may differ between repetitions of one experiment. Of
 # these only the seed and the data change the result.
-BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'dry_run',
-               'checkpoint', 'checkpoint_every', 'resume', 'hosts',
+BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'edges',
+               'dry_run', 'checkpoint', 'checkpoint_every', 'resume', 'hosts',
                'log_folder')
 # The files that `say` writes to; None is stdout. FAILED: errors of such a file.
 OUTPUTS, FAILED = [None], []
