@@ -7,8 +7,8 @@ asynchronous_sequence: Spikes and Grads travel in cycles, until `depth` is 0.
     python asynchronous_kgraph/main.py
     torchrun --nproc-per-node 5 asynchronous_kgraph/main.py
 
-Expect, mean of 5 MACHs, real 98.63 ± 0.06, synthetic 98.32 ± 0.02 (mean and
-deviation over 3 seeds; isolated 97.39) in 117 s of training on two cores, bf16.
+Expect, mean of 5 MACHs, real 98.64 ± 0.05, synthetic 98.30 ± 0.02 (mean and
+deviation over 3 seeds; isolated 97.39) in 95 s of training on two cores, bf16.
 """
 
 import os
