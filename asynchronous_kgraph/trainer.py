@@ -191,7 +191,8 @@ class Trainer:
                 # After a resume, a Grad can be about a later step than this.
                 self.tally.grad(max(0, self.steps_taken - grad.version),
                                 grad.sender)
-        return torch.cat([answers[:0], *(b.grad.gradient for b in served)])
+        none = torch.zeros_like(answers[:0])  # there may be no Grad
+        return torch.cat([none, *(b.grad.gradient for b in served)])
 
     def _rescale(self, gradient, blocks):
         """Scales each Grad to `grad_weight` times the own gradient, in place.

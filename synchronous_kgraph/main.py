@@ -337,20 +337,20 @@ def evaluate(snapshots, settings, images, labels, edges=False):
 
         inputs = {i: one.student and one.student(x) for i, one in there.items()}
         h = {i: one.network.local_part(x) for i, one in there.items()}
-        answers = {}  # MACH -> [B, E]
+        answers, scores = {}, {}  # MACH -> [B, E]; MACH -> points
         for depth in range(settings.depth + 1):
             for i, position, child in ways if answers else ():
                 inputs[i][:, position] = answers[child]  # of [B, C, E]
             d = {i: there[i].network.join(h[i], inputs[i]) for i in there}
             answers = {i: there[i].network.answer(d[i]) for i in there}
             for i, one in there.items():
-                score = points(one, d[i])
-                found[i]['synthetic'] += score * (depth == 0)
-                found[i]['real'] += score * (depth == settings.depth)
+                scores[i] = points(one, d[i])
+                found[i]['synthetic'] += scores[i] * (depth == 0)
+                found[i]['real'] += scores[i] * (depth == settings.depth)
         for i, position, child in ways if edges else ():
             one, without = there[i], inputs[i].clone()
             without[:, position] = 0
-            found[i]['worth'][child] += points(one, d[i]) - points(
+            found[i]['worth'][child] += scores[i] - points(
                 one, one.network.join(h[i], without))
     return list(found.values())
 

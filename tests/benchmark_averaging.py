@@ -415,7 +415,7 @@ def main():
                   trouble=trouble_table,
                   bytes=bytes_table)
     rules = 'fedavg 1,fedavg 10,fedavg 100,diloco 10,diloco 100'.split(',')
-    prior = getattr(MAIN.Hyperparameters, 'prior', 0.0)
+    prior = MAIN.Hyperparameters.prior
     for name, kind, default, reason in (
         ('tables', list(tables), list(tables), 'to print'),
         ('k', int, [5, 10, 20], 'members; above 5 a MACH has 4 neighbours'),
