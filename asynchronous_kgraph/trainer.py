@@ -224,7 +224,8 @@ class Trainer:
 
         Only the own rows with the largest gradients go (`share`). The rest
         would cost the children as much and teach them little. The Spike is
-        about the same rows, or with `alone` about any of this step.
+        about the same rows, which children answer at no cost. With `alone`, in
+        every other step, it is about any rows of this step.
 
         Args:
             served: the Blocks with Grads.
@@ -238,7 +239,7 @@ class Trainer:
             norms = vector_norm(first.flatten(1), dim=1)
             largest = norms.topk(rows).indices
             first, sent = first[largest], own.x[largest]
-            if self._alone:
+            if self._alone and self.steps_taken % 2 == 0:
                 question = self._draw_question([own, *taken], rows)
                 self.exchange.ask(question, max(0, depth - 1))
                 own = Block(sent)

@@ -4,17 +4,18 @@
     python mach/main.py --only synchronous_kgraph --k 7 --isolated True
     python mach/main.py --seeds 0,1,2             mean and std over three seeds
     python mach/main.py --compare .runs/*/*.txt   the table of saved logs
+    python mach/main.py --record k                the runs of a figure
 
 Any other --name value is a hyperparameter. It goes to each chosen experiment
-that has it. stdout shows the logs of the experiments, then the table; all else
-goes to stderr. Exit code: 0 done, 1 an experiment or stdout failed, 2 a bad
-option, 130 Ctrl-C, 129 SIGHUP, 143 SIGTERM. After a signal the running
-experiment ends with its results so far.
+that has it. --record keeps its logs in .results/<figure>. When repeated, it runs
+only what is missing there. stdout shows the logs of the experiments, then the
+table; all else goes to stderr. Exit code: 0 done, 1 an experiment or stdout
+failed, 2 a bad option, 130 Ctrl-C, 129 SIGHUP, 143 SIGTERM. After a signal the
+running experiment ends with its results so far.
 """
 
 import argparse
 import contextlib
-import itertools
 import math
 import os
 import pathlib
@@ -27,11 +28,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from mach import metrics
+from mach import figures, metrics
 
-EXPERIMENTS = ('synchronous_single', 'synchronous_sequence',
-               'synchronous_kgraph', 'asynchronous_sequence',
-               'asynchronous_kgraph')
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 # Fields of the run line that may change the result, as hyperparameters do.
 SOURCE = ('commit', 'threads', 'processes')
@@ -70,15 +68,15 @@ def make_parser():
     add('--only',
         nargs='+',
         metavar='NAME',
-        default=EXPERIMENTS,
         help='experiments, or folders with a main.py; default: all five')
-    add('--seeds', type=numbers, default=[None], help='a run per seed: 0,1,2')
+    add('--seeds', type=numbers, help='a run per seed: 0,1,2')
     add('--isolated', choices=('True', 'False'), help='run again without edges')
-    # The process id keeps two folders of the same second apart.
     add('--logs',
         metavar='FOLDER',
-        default=time.strftime(f'.runs/%Y%m%d-%H%M%S-{os.getpid()}'),
         help='the folder of the logs; default: .runs/<date-time>')
+    add('--record',
+        choices=figures.FIGURES,
+        help='run what is missing of a figure')
     add('--compare', nargs='+', metavar='LOG', help='print the table of logs')
     return parser
 
@@ -97,61 +95,67 @@ def find(name):
         names = re.findall(r'^ +(\w+): \w+ = hparam\(', text, re.M)
         if names:
             return path, names
-    fail(f'no experiment {name}; choose from {", ".join(EXPERIMENTS)}, '
+    fail(f'no experiment {name}; choose from {", ".join(figures.EXPERIMENTS)}, '
          'or a folder whose main.py has hyperparameters')
 
 
 def read_words(words):
-    """All options, and path -> hyperparameters of the chosen experiments."""
+    """All options, path -> hyperparameters of the chosen experiments, and the
+    hyperparameters that are given.
+    """
     parser = make_parser()
     options, _ = parser.parse_known_args(words)
-    chosen = {} if options.compare else dict(map(find, options.only))
-    for name in set().union(*chosen.values()):
+    only = options.only or figures.EXPERIMENTS
+    if options.record and not options.only:
+        only, _ = figures.FIGURES[options.record]
+    chosen = {} if options.compare else dict(map(find, only))
+    names = set().union(*chosen.values())
+    for name in names:
         parser.add_argument(f'--{name}', f'--{name.replace("_", "-")}')
-    options, unknown = parser.parse_known_args(words)
+    found, unknown = parser.parse_known_args(words)
     if unknown:
-        fail(metrics.explain(unknown[0], vars(options)))
-    if getattr(options, 'seed', None) and options.seeds != [None]:
+        fail(metrics.explain(unknown[0], vars(found)))
+    given = {
+        key: value
+        for key, value in vars(found).items()
+        if key in names and value is not None
+    }
+    if 'seed' in given and options.seeds:
         fail('--seed and --seeds exclude each other')
     if options.compare and len(words) > 1 + len(options.compare):
         fail('--compare takes logs and no other option')
-    return options, chosen
+    return options, chosen, given
 
 
-def plan(options, chosen):
+def plan(options, chosen, given):
     """Log -> command of every run, in order, if each experiment can run.
 
+    The command is None if --record has the log already.
+
     Args:
-        options: all options; an absent hyperparameter is None.
-        chosen: path -> hyperparameters of the chosen experiments.
+        options, chosen, given: as from `read_words`.
     """
     jobs, checks = {}, {}
-    for path, names in chosen.items():
-        repeat = options.isolated == 'True' and 'connected' in names
-        for seed, isolated in itertools.product(options.seeds,
-                                                range(1 + repeat)):
-            name = path.parent.name
-            values = {key: getattr(options, key) for key in names}
-            if seed is not None:
-                name += f'.seed{seed}'
-                values['seed'] = seed
-            if isolated:
-                name += '.isolated'
-                values['connected'] = False
-            # In a shared folder, runs would overwrite each other's files.
-            for key in ('checkpoint', 'log_folder'):
-                if values.get(key):
-                    values[key] += f'/{name}'
-            log = pathlib.Path(options.logs, f'{name}.txt').expanduser()
-            if log in jobs:
-                fail(f'{name} is asked for twice')
-            if log.exists():
-                fail(f'{log} must not exist yet; choose another --logs')
+    # The process id keeps two folders of the same second apart.
+    folder = time.strftime(f'.runs/%Y%m%d-%H%M%S-{os.getpid()}')
+    if options.record:
+        folder = ROOT / '.results' / options.record
+    values, shown = figures.read(options, given)
+    for path, name, run_values in figures.list_runs(chosen, values, shown):
+        # In a shared folder, runs would overwrite each other's files.
+        for key in ('checkpoint', 'log_folder'):
+            if run_values.get(key):
+                run_values[key] += f'/{name}'
+        log = pathlib.Path(options.logs or folder, f'{name}.txt').expanduser()
+        if log in jobs:
+            fail(f'{name} is asked for twice')
+        if log.exists() and not options.record:
+            fail(f'{log} must not exist yet; choose another --logs')
+        jobs[log] = None
+        if not is_complete(log):
             # Without a buffer, a line is shown when it is printed.
             jobs[log] = [sys.executable, '-u', str(path)]
-            jobs[log] += [
-                f'--{k}={v}' for k, v in values.items() if v is not None
-            ]
+            jobs[log] += [f'--{k}={v}' for k, v in run_values.items()]
             checks.setdefault(path.parent.name, jobs[log])
     # The first check may download the data, so they do not run at once.
     for name, command in checks.items():
@@ -194,6 +198,7 @@ def run(path, command):
         Its exit code; 128 + the number of a signal.
     """
     say(f'{path.stem} -> {path}')
+    path.unlink(missing_ok=True)  # a log that is not complete
     with open(path, 'xb') as to, open(path, 'rb') as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=to)
         try:
@@ -226,6 +231,14 @@ def flaw(log):
         return 'a MACH failed'
     steps, asked = log.mean.get('steps', math.inf), log.hparams.get('steps', 0)
     return f'{steps} of {asked} steps' if steps < asked else None
+
+
+def is_complete(path):
+    """Whether a file is the log of a run that counts."""
+    try:
+        return not flaw(metrics.read_log(path))
+    except (OSError, ValueError):
+        return False
 
 
 def cell(logs, key, decimals=2):
@@ -315,10 +328,10 @@ def main(words):
     """
     if sys.stdout is None:  # after `>&-`
         raise OSError('stdout is closed')
-    options, chosen = read_words(words)
-    jobs, status, paths = plan(options, chosen), 0, options.compare or []
+    options, chosen, given = read_words(words)
+    jobs, status, paths = plan(options, chosen, given), 0, options.compare or []
     for path, command in jobs.items():
-        code = run(path, command)
+        code = run(path, command) if command else 0
         paths.append(path)
         if code:
             say(f'{path.stem} ended with {code}')

@@ -12,7 +12,7 @@ import types
 import pytest
 
 import conftest
-from mach import main
+from mach import figures, main
 
 MAIN = str(conftest.ROOT / 'mach' / 'main.py')
 # An experiment that prints a log without training. It refuses a k above 9.
@@ -99,7 +99,7 @@ def disturb(body, act):
 
 
 def test_hyperparameters_are_found_in_the_text():
-    for name in main.EXPERIMENTS:
+    for name in figures.EXPERIMENTS:
         settings = conftest.load_main(name).Hyperparameters
         names = [field.name for field in dataclasses.fields(settings)]
         assert main.find(name) == (conftest.ROOT / name / 'main.py', names)
@@ -125,14 +125,32 @@ def test_runs_in_order_saves_and_compares(tmp_path):
 
 
 def test_two_started_at_once_have_logs_of_their_own():
-    assert main.make_parser().get_default('logs').endswith(f'-{os.getpid()}')
+    assert re.search(r'-> \.runs/\S+-\d+/a\.txt',
+                     launch('--only', make('a'))[2])
+
+
+def test_a_figure_runs_what_is_missing_alone(tmp_path):
+    words = '--record k --k 3 --seeds 1,2 --logs l --only'.split() + [make('a')]
+    _, out, err = launch(*words)
+    runs = 'k_3.seed1 isolated.k_3.seed1 k_3.seed2 isolated.k_3.seed2'.split()
+    assert re.findall(r'-> l/a\.(\S+)\.txt', err) == runs
+    (tmp_path / 'l/a.k_3.seed2.txt').write_text('run  experiment a  seed 2\n')
+    _, again, err = launch(*words)
+    assert re.findall(r'-> l/a\.(\S+)\.txt', err) == ['k_3.seed2']
+    assert table(again) == table(out)
+
+
+def test_figures_consist_of_hyperparameters_that_exist():
+    for experiments, values in figures.FIGURES.values():
+        known = [set(main.find(name)[1]) for name in experiments]
+        assert set(values) <= set().union(*known)
 
 
 def test_seeds_and_isolated_have_files_of_their_own():
     names = make('a'), make('b', lacks='connected')
     words = '--seeds 3,1 --isolated True --checkpoint c --logs l --only'.split()
     code, out, err = launch(*words, *names)
-    runs = ('a.seed3 a.seed3.isolated a.seed1 a.seed1.isolated b.seed3 '
+    runs = ('a.seed3 a.isolated.seed3 a.seed1 a.isolated.seed1 b.seed3 '
             'b.seed1').split()
     assert re.findall(r'-> l/(\S+)\.txt', err) == runs
     assert re.findall(r'checkpoint c/(\S+)', out) == runs
