@@ -4,19 +4,20 @@
     python mach/main.py --only synchronous_kgraph --k 7 --isolated True
     python mach/main.py --seeds 0,1,2             mean and std over three seeds
     python mach/main.py --compare .runs/*/*.txt   the table of saved logs
+    python mach/main.py --compare LOG... --plot a.svg --panels steps rate
     python mach/main.py --record k                the runs of a figure
 
 Any other --name value is a hyperparameter. It goes to each chosen experiment
-that has it. --record keeps its logs in .results/<figure>. When repeated, it runs
-only what is missing there. stdout shows the logs of the experiments, then the
-table; all else goes to stderr. Exit code: 0 done, 1 an experiment or stdout
-failed, 2 a bad option, 130 Ctrl-C, 129 SIGHUP, 143 SIGTERM. After a signal the
-running experiment ends with its results so far.
+that has it. --plot also draws the logs of runs. --record keeps its logs in
+.results/<figure>; when repeated, it runs only what is missing there. stdout
+shows the logs of the experiments, then the table; all else goes to stderr. Exit
+code: 0 done, 1 an experiment or stdout failed, 2 a bad option, 130 Ctrl-C, 129
+SIGHUP, 143 SIGTERM. After a signal the running experiment ends with its results
+so far.
 """
 
 import argparse
 import contextlib
-import math
 import os
 import pathlib
 import re
@@ -28,11 +29,9 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from mach import figures, metrics
+from mach import figures, groups, metrics, plot
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-# Fields of the run line that may change the result, as hyperparameters do.
-SOURCE = ('commit', 'threads', 'processes')
 STOP_SECONDS = 20  # An experiment may take this long to end after a signal.
 
 
@@ -78,6 +77,11 @@ def make_parser():
         choices=figures.FIGURES,
         help='run what is missing of a figure')
     add('--compare', nargs='+', metavar='LOG', help='print the table of logs')
+    add('--plot', metavar='PICTURE', help='.png, .svg or .pdf; see plot.py')
+    add('--panels',
+        nargs='+',
+        choices=plot.PANELS,
+        help='what to draw; default: all that apply to the logs')
     return parser
 
 
@@ -122,8 +126,13 @@ def read_words(words):
     }
     if 'seed' in given and options.seeds:
         fail('--seed and --seeds exclude each other')
-    if options.compare and len(words) > 1 + len(options.compare):
-        fail('--compare takes logs and no other option')
+    used = {k for k, v in vars(options).items() if v is not None}
+    if options.compare and used - {'compare', 'plot', 'panels'}:
+        fail('--compare takes logs, --plot, --panels and no other option')
+    if options.panels and not options.plot:
+        fail('--panels needs --plot')
+    if options.plot and plot.obstacle(options.plot):
+        fail(f'--plot: {plot.obstacle(options.plot)}')
     return options, chosen, given
 
 
@@ -223,20 +232,10 @@ def run(path, command):
             process.wait()
 
 
-def flaw(log):
-    """Why a run does not count, or None."""
-    if log.mean is None:
-        return 'no final line of mach mean'
-    if any(math.isnan(log.mean.get(key, 0)) for key in metrics.RESULTS):
-        return 'a MACH failed'
-    steps, asked = log.mean.get('steps', math.inf), log.hparams.get('steps', 0)
-    return f'{steps} of {asked} steps' if steps < asked else None
-
-
 def is_complete(path):
     """Whether a file is the log of a run that counts."""
     try:
-        return not flaw(metrics.read_log(path))
+        return not groups.flaw(metrics.read_log(path))
     except (OSError, ValueError):
         return False
 
@@ -252,22 +251,6 @@ def cell(logs, key, decimals=2):
     return text
 
 
-def settings(log):
-    """What all runs in a row of the table share: hyperparameters, SOURCE."""
-    hidden = (*metrics.BOOKKEEPING, 'connected')
-    shared = {k: v for k, v in log.hparams.items() if k not in hidden}
-    return shared | {k: log.run[k] for k in SOURCE if k in log.run}
-
-
-def differs(log, logs):
-    """'depth 1, steps 400': the settings of `log` that vary among `logs`."""
-    rows = [settings(other) for other in logs]
-    names = dict.fromkeys(name for row in rows for name in row if name != 'k')
-    here = settings(log)
-    return ', '.join(f'{name} {here.get(name, "-")}' for name in names
-                     if len({row.get(name) for row in rows}) > 1)
-
-
 def compare(logs):
     """The table: a row per experiment, dataset, hyperparameters and SOURCE.
 
@@ -278,39 +261,35 @@ def compare(logs):
     or have a failed MACH are left out with a warning on stderr. A second run of
     a seed counts, with a warning; so do several runs of uncommitted code.
     """
-    groups, seen = {}, set()
     for log in logs:
         if log.skipped:
             metrics.warn(f'{log.name}: {log.skipped} lines are no log lines')
-        if flaw(log):
-            metrics.warn(f'{log.name}: {flaw(log)}, left out')
-            continue
-        row = (log.run.get('experiment'), log.run.get('dataset'),
-               frozenset(settings(log).items()))
-        groups.setdefault(row, []).append(log)
-        run = row, log.hparams.get('connected'), log.run.get('seed')
-        if run in seen:
-            metrics.warn(f'{log.name}: seed {run[-1]} counts again')
-        seen.add(run)
+        if groups.flaw(log):
+            metrics.warn(f'{log.name}: {groups.flaw(log)}, left out')
+    found = groups.group([log for log in logs if not groups.flaw(log)])
     rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
              'seconds', 'differs in')]
-    for (experiment, dataset, _), group in groups.items():
-        connected = [run for run in group if run.hparams.get('connected', True)]
-        isolated = [run for run in group if run not in connected]
+    for same in found:
+        experiment, seen = same[0].run.get('experiment'), set()
+        for log in same:
+            run = log.hparams.get('connected'), log.run.get('seed')
+            if run in seen:
+                metrics.warn(f'{log.name}: seed {run[-1]} counts again')
+            seen.add(run)
+        connected = [run for run in same if run.hparams.get('connected', True)]
+        isolated = [run for run in same if run not in connected]
         runs = connected or isolated
         alone = cell(isolated, 'real')
         if isolated and len(isolated) != len(runs):
             alone += f' (n={len(isolated)})'
-        firsts = [
-            runs[0] for row, runs in groups.items() if row[0] == experiment
-        ]
-        row = [experiment, dataset, group[0].hparams.get('k', '-'), len(runs)]
+        row = [experiment, same[0].run.get('dataset')]
+        row += [same[0].hparams.get('k', '-'), len(runs)]
         row += [cell(connected, 'real'), cell(connected, 'synthetic'), alone]
-        row += [cell(runs, 'seconds', 1), differs(group[0], firsts)]
-        commit = str(group[0].run.get('commit'))
-        if commit.endswith('-dirty') and len(group) > 1:
+        row += [cell(runs, 'seconds', 1), groups.differs(same[0], found)]
+        commit = str(same[0].run.get('commit'))
+        if commit.endswith('-dirty') and len(same) > 1:
             metrics.warn(
-                f'{experiment}: {len(group)} runs of {commit} share a row, '
+                f'{experiment}: {len(same)} runs of {commit} share a row, '
                 'though their code may differ')
         rows.append([str(cell) for cell in row])
     if not any(row[-1] for row in rows[1:]):
@@ -353,6 +332,13 @@ def main(words):
     table = compare(logs)
     if '\n' in table:  # there are rows below its head
         print('\n' * bool(jobs) + table, flush=True)
+    if options.plot:
+        counted = [log for log in logs if not groups.flaw(log)]
+        try:
+            plot.draw(options.plot, counted, options.panels)
+        except (ValueError, OSError) as error:
+            say(f'--plot: {error}')
+            status = status or 2
     return status
 
 

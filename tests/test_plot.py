@@ -1,0 +1,130 @@
+"""mach/plot.py and mach/groups.py: what is drawn of made-up logs."""
+
+import sys
+
+import pytest
+
+from mach import groups, main, metrics, plot
+
+line = metrics.format_line
+EVALS = [(10, 90.0, 5.0), (20, 95.0, 9.0)]  # step, real, seconds
+
+
+def text(seed=0, name='x', evals=(), lines=(), real=97.0, rate=1.0, **hparams):
+    """The log of a finished run of an experiment."""
+    rows = [line('run', experiment=name, dataset='MNIST', seed=seed)]
+    rows += [line('hparams', seed=seed, steps=20, **hparams)]
+    for step, now, seconds in evals:
+        fields = dict(real=now, seconds=seconds)
+        rows.append(line('eval', step=step, mach='mean', **fields))
+    rows += [*lines, line('final', mach='mean', real=real, rate=rate, steps=20)]
+    return '\n'.join(rows) + '\n'
+
+
+def log(*args, **names):
+    """The Log of `text`."""
+    return metrics.parse_log(text(*args, **names))
+
+
+def draw(logs, *panels):
+    """The axes of all panels, in order."""
+    return plot.make_figure(logs, panels or None).axes
+
+
+def drawn(axes):
+    """'label style' -> [x, y] of each line."""
+    names = [f'{one.get_label()} {one.get_linestyle()}' for one in axes.lines]
+    return dict(zip(names, ([*map(list, o.get_data())] for o in axes.lines)))
+
+
+def test_two_seeds_are_a_mean_in_a_band():
+    other = [(10, 92.0, 7.0), (20, 97.0, 11.0), (30, 99.0, 12.0)]
+    steps, seconds = draw([log(0, evals=EVALS), log(1, evals=other), log(2)])
+    assert drawn(steps) == {'x -': [[10, 20], [91, 96]]}
+    assert drawn(seconds) == {'x -': [[6, 10], [91, 96]]}
+    points = steps.collections[0].get_paths()[0].vertices
+    assert {y for x, y in points if x == 10} == {91 - 2**.5, 91 + 2**.5}
+
+
+def test_a_repeated_step_counts_once_and_machs_without_a_mean_are_averaged():
+    machs = (0, 10.0), (1, 70.0), (0, 90.0)
+    machs = [line('eval', step=5, mach=i, synthetic=x) for i, x in machs]
+    steps, seconds = draw([log(evals=[(10, 1.0, 5.0), *EVALS], lines=machs)])
+    assert drawn(seconds) == {'x -': [[5, 9], [90, 95]]}
+    assert drawn(steps)['x --'] == [[5], [80]]
+
+
+def test_labels_are_those_of_the_table():
+    first = dict(evals=EVALS, k=5, depth=1, lr=1)
+    logs = [log(**first), log(**first | dict(k=3, depth=2))]
+    logs += [log(**first, connected=False), log(name='plain', evals=EVALS)]
+    axes, _ = draw(logs)
+    labels = 'x, k 5, depth 1', 'x, k 5, depth 1, isolated', 'x, k 3, depth 2'
+    assert list(drawn(axes)) == [f'{one} -' for one in (*labels, 'plain')]
+    assert len({(one.get_color(), one.get_marker()) for one in axes.lines}) == 4
+
+
+@pytest.mark.parametrize('values, scale, name', [
+    ([1, 2, 40], 'log', 'k'),
+    ([0.0, 0.1, 3.0], 'symlog', 'latency'),
+    ([0.0, 0.1, 0.3], 'linear', 'loss_rate'),
+])
+def test_a_sweep(values, scale, name):
+    logs = [log(0, 'averaging', **{name: values[0]}), log(0, 'plain')]
+    for seed in 0, 2:
+        for i, x in enumerate(values):
+            logs.append(log(seed, real=90 + i + seed, rate=9 - i, **{name: x}))
+    accuracy, rate = draw(logs)
+    assert list(drawn(accuracy)) == ['averaging -', 'x -']  # plain has no x
+    assert drawn(accuracy)['x -'] == [values, [91, 92, 93]]
+    assert drawn(rate)['x -'] == [values, [9, 8, 7]]
+    assert accuracy.get_xscale() == scale and name in rate.get_xlabel()
+    assert list(accuracy.get_xticks()) == values
+    with pytest.raises(ValueError, match='panel rate needs logs that'):
+        draw([*logs, log(skew=1), log(skew=2)], 'rate')
+
+
+def test_worth_and_classes():
+    logs = []
+    for shard, worth in ('1,2', -1.0), ('1,2', 0.5), ('0,3', 9.0):
+        lines = [line('shard', mach=0, classes=shard), 'shard  classes 2,1']
+        lines += [line('edge', mach=1, child=0, worth=worth)]
+        logs.append(log(7, lines=lines))
+    for count, note, worth in (2, 'n = 2', -0.25), (3, 'seed 7 alone', -1):
+        left, right = draw(logs[:count], 'worth', 'classes')
+        matrix = left.images[0].get_array().filled(8).tolist()
+        assert matrix == [[8, 8], [worth, 8]]
+        assert right.images[0].get_array().tolist() == [[1, 2], [2, 1]]
+        assert left.texts[0].get_text() == f'{worth:.2f}'
+        assert note in left.get_title() and note in right.get_title()
+    with pytest.raises(ValueError, match='panel worth needs edge lines'):
+        draw([logs[0], log(lines=lines, depth=2)], 'worth')
+
+
+@pytest.mark.parametrize('words, said', [
+    ('--plot a.jpg', 'must end with .png'),
+    ('--plot nowhere/a.svg', 'cannot write nowhere/a.svg'),
+    ('--plot a.svg', 'pip install matplotlib'),
+    ('--panels steps', '--panels needs --plot'),
+    ('--plot a.svg --panels stops', "invalid choice: 'stops'"),
+])
+def test_a_mistake_ends_it_at_once(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(main, 'plan', lambda *_: pytest.fail('it ran'))
+    if 'matplotlib' in said:
+        monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    with pytest.raises(SystemExit) as caught:
+        main.main(words.split())
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and said in err and err.count('\n') == 1
+
+
+def test_the_command_line(capsys, tmp_path):
+    (tmp_path / 'log').write_text(text(evals=EVALS))
+    words = ['--compare', str(tmp_path / 'log'), '--plot']
+    one, two = tmp_path / 'one.svg', tmp_path / 'two.svg'
+    assert [main.main([*words, str(path)]) for path in (one, two)] == [0, 0]
+    assert '>steps (solid' in one.read_text() == two.read_text()
+    capsys.readouterr()
+    assert main.main([*words, str(one), '--panels', 'steps', 'rate']) == 2
+    said = f'mach: --plot: panel rate needs {groups.NEEDS["rate"]}\n'
+    assert capsys.readouterr().err == said
