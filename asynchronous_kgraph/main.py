@@ -83,6 +83,7 @@ class Hyperparameters:
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
     checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
     resume: bool = hparam(False, 'from the checkpoints', 'False', 'True')
+    tensorboard: str = hparam('', 'folder of curves; empty: none')
     # Graph and messages.
     k: int = hparam(5, 'MACHs; 1: one MACH on all the data', 1, 1000)
     connected: bool = hparam(True, 'False: no edges', 'False', 'True')
@@ -462,8 +463,9 @@ def main(words):
                     checkpoint.resume(one, settings.checkpoint)
             checkpoint.prepare(settings.checkpoint)
             checkpoint.prepare(settings.log_folder)
+            boards = [] if node.rank else metrics.boards(EXPERIMENT, settings)
             stack.enter_context(metrics.catch_signals(node.interrupt))
-            metrics.OUTPUTS[:] = node.open()
+            metrics.OUTPUTS[:] = node.open() + boards
             if not node.restarted:  # else the log has these lines
                 metrics.say_run(EXPERIMENT, dataset, settings, shards, CORES,
                                 node.size)

@@ -152,7 +152,7 @@ def plan(options, chosen, given):
     values, shown = figures.read(options, given)
     for path, name, run_values in figures.list_runs(chosen, values, shown):
         # In a shared folder, runs would overwrite each other's files.
-        for key in ('checkpoint', 'log_folder'):
+        for key in ('checkpoint', 'log_folder', 'tensorboard'):
             if run_values.get(key):
                 run_values[key] += f'/{name}'
         log = pathlib.Path(options.logs or folder, f'{name}.txt').expanduser()

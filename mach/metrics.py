@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import timeit
@@ -34,7 +36,7 @@ DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'worth', 'staleness'),
 # these only the seed and the data change the result.
 BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'edges',
                'dry_run', 'checkpoint', 'checkpoint_every', 'resume', 'hosts',
-               'log_folder')
+               'log_folder', 'tensorboard')
 # The files that `say` writes to; None is stdout. FAILED: errors of such a file.
 OUTPUTS, FAILED = [None], []
 # A MACH with nan in one of these fields has failed. The mean becomes nan too.
@@ -340,6 +342,67 @@ def say(kind, /, **fields):
                 warn(f'cannot write the log to {name}: {error}; the run ends')
                 if kind != 'run':
                     warn(line)
+
+
+class Board(io.TextIOBase):
+    """An output of `say`: the curves of `tensorboard --logdir FOLDER`.
+
+    Each MACH has a folder, and so has the mean. Each line is written at once. A
+    SummaryWriter writes in a thread, which a full disk ends with a traceback.
+
+    Raises:
+        OSError: the folder cannot be written, or the package cannot be used.
+    """
+
+    def __init__(self, experiment, settings):
+        self._hparams = dataclasses.asdict(settings)
+        path = f'{settings.tensorboard}/{experiment}.seed{settings.seed}'
+        self._folder, number = path, 1
+        while os.path.exists(self._folder):  # it is of an earlier run
+            number += 1
+            self._folder = f'{path}.{number}'
+        os.makedirs(settings.tensorboard, exist_ok=True)
+        tempfile.TemporaryFile(dir=settings.tensorboard).close()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                self._board = importlib.import_module('torch.utils.tensorboard')
+        except Exception as error:  # pylint: disable=broad-except
+            raise OSError('--tensorboard needs: pip install tensorboard '
+                          f'({type(error).__name__})') from error
+
+    def write(self, text):
+        """Takes a line of the log. After an error it takes no more."""
+        if self._folder and text.split('  ')[0] in ('step', 'eval', 'final'):
+            try:
+                self._write(*parse_line(text))
+            except Exception as error:  # pylint: disable=broad-except
+                self._folder = ''
+                warn(f'warning: no more curves for tensorboard: {error}')
+
+    def _write(self, kind, fields):
+        board, parts = self._board, []
+        step = fields.pop('step', fields.get('steps'))
+        mach, _ = fields.pop('mach'), fields.pop('seed', None)
+        curves = {f'{kind}/{key}': value for key, value in fields.items()}
+        if (kind, mach) == ('final', 'mean'):
+            found = {f'hparam/{key}': fields[key] for key in RESULTS[:2]}
+            parts += board.summary.hparams(self._hparams, found)
+            curves |= found
+        for key, value in curves.items():
+            if not isinstance(value, str):
+                parts.append(board.summary.scalar(key, value))
+        path = f'{self._folder}/mach {mach}/events.out.tfevents.mach'
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'ab') as file:
+            for part in parts:
+                event = board.writer.Event(step=step, summary=part)
+                event.wall_time = time.time()
+                board.RecordWriter(file).write(event.SerializeToString())
+
+
+def boards(experiment, settings):
+    """A list of the Board, if --tensorboard asks for one."""
+    return [Board(experiment, settings)] if settings.tensorboard else []
 
 
 def say_run(experiment, dataset, settings, shards, threads, processes=1):

@@ -79,6 +79,7 @@ class Hyperparameters:
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
     checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
     resume: bool = hparam(False, 'from the checkpoints', 'False', 'True')
+    tensorboard: str = hparam('', 'folder of curves; empty: none')
     # Graph and messages.
     k: int = hparam(3, 'MACHs; 1: one MACH on all the data', 1, 1000)
     connected: bool = hparam(True, 'False: no edges', 'False', 'True')
@@ -357,6 +358,7 @@ def main(words):
         if settings.resume:
             checkpoint.resume(trainer, settings.checkpoint)
         checkpoint.prepare(settings.checkpoint)
+        metrics.OUTPUTS[1:] = metrics.boards(EXPERIMENT, settings)
     except (data.DataError, OSError) as error:
         metrics.warn(f'{EXPERIMENT}: {error}')
         return 2

@@ -75,6 +75,7 @@ class Hyperparameters:
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
     checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
     resume: bool = hparam(False, 'from the checkpoints', 'False', 'True')
+    tensorboard: str = hparam('', 'folder of curves; empty: none')
     # Messages.
     delay: int = hparam(1, 'steps a Grad is late; 0: no delay', 0, 10000)
     # Networks.
@@ -285,6 +286,7 @@ def main(words):
         if settings.resume:
             checkpoint.resume(trainer, settings.checkpoint)
         checkpoint.prepare(settings.checkpoint)
+        metrics.OUTPUTS[1:] = metrics.boards(EXPERIMENT, settings)
     except (data.DataError, OSError) as error:
         metrics.warn(f'{EXPERIMENT}: {error}')
         return 2

@@ -24,6 +24,7 @@ class Hyperparameters:
   seed: int = hparam(end='')
   connected: bool = hparam(end='')
   checkpoint: str = hparam(end='')
+  tensorboard: str = hparam(end='')
   log_every: float = hparam(end='')
   dry_run: bool = hparam(end='')
   note: str = 'no hyperparameter'
@@ -148,12 +149,13 @@ def test_figures_consist_of_hyperparameters_that_exist():
 
 def test_seeds_and_isolated_have_files_of_their_own():
     names = make('a'), make('b', lacks='connected')
-    words = '--seeds 3,1 --isolated True --checkpoint c --logs l --only'.split()
-    code, out, err = launch(*words, *names)
+    words = '--seeds 3,1 --isolated True --checkpoint c --tensorboard t'.split()
+    code, out, err = launch(*words, '--logs', 'l', '--only', *names)
     runs = ('a.seed3 a.isolated.seed3 a.seed1 a.isolated.seed1 b.seed3 '
             'b.seed1').split()
     assert re.findall(r'-> l/(\S+)\.txt', err) == runs
     assert re.findall(r'checkpoint c/(\S+)', out) == runs
+    assert re.findall(r'tensorboard t/(\S+)', out) == runs
     assert re.findall('of (.) .*dry_run', err) == ['a', 'b']
     assert [row[3:7] for row in table(out)
            ] == [['2', '97.00 +- 1.41', '96.00 +- 1.41', '96.00 +- 1.41'],

@@ -386,7 +386,7 @@ BAD_VALUES = dict(line.strip().split(maxsplit=1) for line in """
     grad_weight -1; delay -1; deadline 0; share 0 1.1; latency -1; jitter nan;
     loss_rate 1.1; slow_mach -2; slow_factor 0.5; neighbours -1; resume yes;
     checkpoint_every 0 1.5; device gpu cuda:99""".split(';'))
-ANY_TEXT = {'data', 'checkpoint', 'hosts', 'log_folder'}
+ANY_TEXT = {'data', 'checkpoint', 'hosts', 'log_folder', 'tensorboard'}
 REFUSED = [  # otherwise; and what the one line says
     ('--mailbox 64', 'no option --mailbox; --help'),
     ('--strict_data True', 'no option --strict_data; --help'),
@@ -442,7 +442,7 @@ def test_refused_in_one_line(run_here, tmp_path, experiment):
         if needed <= names:
             check_refused(run_here, experiment, words.split(), message)
     (tmp_path / 'file').touch()
-    for name in names & {'--data', '--checkpoint', '--log_folder'}:
+    for name in names & {f'--{name}' for name in ANY_TEXT - {'hosts'}}:
         for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
             check_refused(run_here, experiment,
                           [f'{name}={path}', '--dry_run=True'], path)
