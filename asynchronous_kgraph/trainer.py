@@ -8,8 +8,7 @@ Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 neither many Grads nor large ones outweigh the own data, on any schedule.
 
 The more MACHs, the smaller the shards. Beyond 5 MACHs, a MACH learns some own
-rows from its children's answers alone, and its student asks about any rows that
-it sees, those of other MACHs too.
+rows from its children's answers alone.
 
 A finished MACH has a learning rate of 0. It goes on answering Spikes, and sends
 Grads while a child still learns.
@@ -224,8 +223,8 @@ class Trainer:
 
         Only the own rows with the largest gradients go (`share`). The rest
         would cost the children as much and teach them little. The Spike is
-        about the same rows, which children answer at no cost. With `alone`, in
-        every other step, it is about any rows of this step.
+        about the same rows, which children answer at no cost. In every
+        `any_rows_every`-th step it is about any rows of this step.
 
         Args:
             served: the Blocks with Grads.
@@ -239,7 +238,8 @@ class Trainer:
             norms = vector_norm(first.flatten(1), dim=1)
             largest = norms.topk(rows).indices
             first, sent = first[largest], own.x[largest]
-            if self._alone and self.steps_taken % 2 == 0:
+            every = self.settings.any_rows_every
+            if every and self.steps_taken % every == 0:
                 question = self._draw_question([own, *taken], rows)
                 self.exchange.ask(question, max(0, depth - 1))
                 own = Block(sent)

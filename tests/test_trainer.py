@@ -337,7 +337,10 @@ def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
                         'drop_parts',
                         lambda *given, then=owner.drop_parts: drawn.append(
                             then(*given)) or drawn[-1])
-    trainer, sinks, tell = make_lone(folder, (0, 1), k=10, alone=1.0)
+    trainer, sinks, tell = make_lone(folder, (0, 1),
+                                     k=10,
+                                     alone=1.0,
+                                     any_rows_every=3)
     told = draw(8, 4, WIDTH)
     tell('Grad', (9, 1), 9, draw(1), told, 0, 0)
     tell('Spike', (9, 2), 9, draw(2), 0)
@@ -350,7 +353,8 @@ def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
     times = (inputs[:2] / whole[1][:2]).round(decimals=6)
     assert set(times.unique().tolist()) <= {0.0, 2.0}
     assert_close(h[4:], trainer.network.local_part(draw(1)))  # of the Grad
-    # Its Grads are about own rows; its Spike is about any that it has seen.
+    # Its Grads are about own rows. In every third step, the first too, its
+    # Spike is about any that it has seen.
     (spike, *_), grads_sent = sinks[0].take('Spike'), sinks[0].take('Grad')
     seen = torch.cat([x, draw(1), draw(2)])
     assert all((seen == row).all(1).any() for row in spike.x)
@@ -358,6 +362,13 @@ def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
            } != {row.sum().item() for row in x}
     assert torch.equal(grads_sent[0].x.sort(0).values, x.sort(0).values)
     assert sinks[9].take('Answer')[0].key == (9, 2)
+    for _ in range(2):
+        trainer.step()
+        (spike, *_), (grad, *_) = sinks[0].take('Spike'), sinks[0].take('Grad')
+        assert spike.key == grad.key
+    trainer.step()
+    (spike, *_), (grad, *_) = sinks[0].take('Spike'), sinks[0].take('Grad')
+    assert spike.key != grad.key
     for k, share in (5, 0.0), (10, 0.1), (1000, 0.199):
         one, *_ = make_lone(folder, k=k, alone=0.2)
         assert one._alone == pytest.approx(share)
