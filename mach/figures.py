@@ -39,7 +39,7 @@ FIGURES = dict(
                   steps=(50,),
                   evaluate_every=(0,))),
     seconds=(('synchronous_single', 'asynchronous_kgraph', 'tests/plain'),
-             dict(seed=SEEDS[:3], steps=(600, 3000), evaluate_every=(100,))),
+             dict(seed=SEEDS[:3], steps=(1500,), evaluate_every=(100,))),
 )
 
 
@@ -57,7 +57,7 @@ def list_runs(chosen, values, shown):
             run, parts = dict(zip(own, combination)), [path.parent.name]
             for key in own:
                 if key == 'connected':
-                    parts += ['isolated'] * (not run[key])
+                    parts += ['isolated'] * (str(run[key]) == 'False')
                 elif key in shown and key != 'seed':
                     parts.append(f'{key}_{run[key]}')
             if 'seed' in own and 'seed' in shown:

@@ -139,6 +139,8 @@ def test_a_figure_runs_what_is_missing_alone(tmp_path):
     _, again, err = launch(*words)
     assert re.findall(r'-> l/a\.(\S+)\.txt', err) == ['k_3.seed2']
     assert table(again) == table(out)
+    _, _, err = launch(*words, '--connected', 'False')
+    assert '-> l/' not in err  # there already
 
 
 def test_figures_consist_of_hyperparameters_that_exist():
