@@ -7,6 +7,7 @@ ratios beside their floors; exit status 1 says that a floor was missed.
 
     python tests/benchmark_schedules.py                # 400 steps, 15 minutes
     python tests/benchmark_schedules.py --steps 2500   # some hours
+    python tests/benchmark_schedules.py --skew 0.5 --experiments asynchronous_kgraph
 """
 
 import argparse
@@ -73,9 +74,11 @@ def loud(trainers, turn):
 
 def one_run(job):
     """Result of one run without its trainers; in a process of its own."""
-    experiment, schedule, seed, steps, folder = job
+    experiment, schedule, seed, steps, skew, folder = job
     main, dataset = conftest.load_main(experiment), data.load(folder, 5000)
     names = dict(seed=seed, steps=steps)
+    if skew:
+        names |= dict(shards='skewed', skew=skew)
     if schedule == ISOLATED:
         names |= dict(connected=False)
     if schedule in ('undisturbed', *DISTURBED):
@@ -178,6 +181,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', type=int, default=400)
     parser.add_argument('--seeds', type=int, nargs='+', default=[3, 4, 5])
+    parser.add_argument('--skew', type=float, help='of shards; default: equal')
     parser.add_argument('--experiments',
                         nargs='+',
                         default=conftest.ASYNCHRONOUS,
@@ -194,7 +198,7 @@ def main():
     if set(DISTURBED) & set(names):
         names.append('undisturbed')
     names = list(dict.fromkeys(names))
-    jobs = [(experiment, name, seed, words.steps, str(words.data))
+    jobs = [(experiment, name, seed, words.steps, words.skew, str(words.data))
             for name in names
             for seed in words.seeds
             for experiment in words.experiments]
@@ -210,8 +214,9 @@ def main():
                     for key in ('real', 'synthetic')),
                   file=sys.stderr,
                   flush=True)
-    print(f'{words.steps} steps, validation, mean of seeds {words.seeds}; '
-          'each MACH at its own end')
+    shards = f'skew {words.skew}' if words.skew else 'equal shards'
+    print(f'{words.steps} steps, {shards}, validation, mean of seeds '
+          f'{words.seeds}; each MACH at its own end')
     for experiment in words.experiments:
         table(experiment, found, words.seeds, names)
     return int(bool(MISSED))
