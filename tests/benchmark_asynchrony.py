@@ -27,7 +27,6 @@ from concurrent import futures
 from statistics import fmean, median
 
 import torch
-from torchvision import datasets, transforms
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 import conftest
@@ -35,6 +34,7 @@ from mach import data, metrics
 
 SINGLE, SEQUENCE = 'synchronous_single', 'asynchronous_sequence'
 KGRAPH = 'asynchronous_kgraph'
+PLAIN = conftest.load_main('tests/plain')
 CORES = len(os.sched_getaffinity(0))
 MISSED = []  # floors
 # Products: (M, K, N, dW, dX) -> calls with x [M, K] and weight [N, K], and
@@ -348,35 +348,18 @@ def limit(folder, rounds=3):
 
 
 def plain_script(folder, wanted):
-    """The script most people would write, with the network of one MACH.
-
-    Returns:
-        Seconds of training until its test accuracy is `wanted`, in %; epochs.
+    """Seconds and epochs until the test accuracy of tests/plain is `wanted` %.
     """
-    torch.manual_seed(0)
-    train, test = (datasets.MNIST(folder, of, transforms.ToTensor())
-                   for of in (True, False))
-    loader = torch.utils.data.DataLoader(train, batch_size=64, shuffle=True)
-    test_x, sizes = test.data.flatten(1) / 255.0, (784, 512, 256, 64, 10)
-    layers = [torch.nn.Flatten()]
-    for before, after in itertools.pairwise(sizes):
-        layers += [torch.nn.Linear(before, after), torch.nn.ReLU()]
-    network = torch.nn.Sequential(*layers[:-1])
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
-    seconds, started = 0.0, time.perf_counter()
-    epochs = itertools.chain.from_iterable(itertools.repeat(loader, 20))
-    for step, (x, y) in enumerate(epochs, start=1):
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(network(x), y).backward()
-        optimiser.step()
-        if step % 100 == 0:
-            seconds += time.perf_counter() - started
-            with torch.no_grad():
-                right = network(test_x).argmax(1) == test.targets
-            if 100 * right.float().mean() >= wanted:
-                return seconds, step / len(loader)
-            started = time.perf_counter()
-    return float('inf'), 20.0
+    dataset, tally = load(folder), metrics.Tally(0)
+    settings = PLAIN.Hyperparameters(data=str(folder), steps=20000)
+
+    def look(step, network):
+        return step % 100 == 0 and PLAIN.evaluate(network, dataset.test_images,
+                                                  dataset.test_labels) >= wanted
+
+    PLAIN.train(settings, dataset, tally, look)
+    return tally.seconds, (tally.steps * settings.batch_size /
+                           len(dataset.train_labels))
 
 
 def seconds_to(network, folder, wanted, every=50):
