@@ -92,7 +92,7 @@ class Hyperparameters:
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
     deadline: float = hparam(1.0, 'seconds to wait for real inputs', 0.001, 1e6)
     share: float = hparam(0.25, 'of own rows that children get', 0.001, 1)
-    any_rows_every: int = hparam(4, 'steps; 0: Spikes as Grads', 0, 10**9)
+    any_rows_every: int = hparam(4, 'steps; fewer if k > 5', 0, 10**9)
     grad_weight: float = hparam(0.5, 'norm of a Grad, in own gradients', 0, 1e6)
     # Processes; torchrun says how many.
     hosts: str = hparam('', 'a,b: hosts of the processes; empty: this one')

@@ -8,7 +8,8 @@ Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 neither many Grads nor large ones outweigh the own data, on any schedule.
 
 The more MACHs, the smaller the shards. Beyond 5 MACHs, a MACH learns some own
-rows from its children's answers alone.
+rows from its children's answers alone, and its student asks more often about
+any rows that it sees, those of other MACHs too.
 
 A finished MACH has a learning rate of 0. It goes on answering Spikes, and sends
 Grads while a child still learns.
@@ -61,8 +62,9 @@ class Trainer:
             [network], [student] if student else [], settings)
         self._autocast = make_autocast(settings)
         self._prior = make_prior(batches.classes, settings)
-        # Share of own rows; 0 up to 5 MACHs.
-        self._alone = settings.alone * max(0.0, 1 - 5 / settings.k)
+        many = max(0.0, 1 - 5 / settings.k)  # 0 up to 5 MACHs, below 1
+        self._alone = settings.alone * many  # share of own rows
+        self._any_rows_every = round(settings.any_rows_every / (1 + many))
 
     @property
     def steps_taken(self):
@@ -223,8 +225,8 @@ class Trainer:
 
         Only the own rows with the largest gradients go (`share`). The rest
         would cost the children as much and teach them little. The Spike is
-        about the same rows, which children answer at no cost. In every
-        `any_rows_every`-th step it is about any rows of this step.
+        about the same rows, which children answer at no cost. In every fourth
+        step (`any_rows_every`) it is about any rows of this step.
 
         Args:
             served: the Blocks with Grads.
@@ -238,7 +240,7 @@ class Trainer:
             norms = vector_norm(first.flatten(1), dim=1)
             largest = norms.topk(rows).indices
             first, sent = first[largest], own.x[largest]
-            every = self.settings.any_rows_every
+            every = self._any_rows_every
             if every and self.steps_taken % every == 0:
                 question = self._draw_question([own, *taken], rows)
                 self.exchange.ask(question, max(0, depth - 1))

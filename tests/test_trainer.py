@@ -340,7 +340,7 @@ def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
     trainer, sinks, tell = make_lone(folder, (0, 1),
                                      k=10,
                                      alone=1.0,
-                                     any_rows_every=3)
+                                     any_rows_every=4)
     told = draw(8, 4, WIDTH)
     tell('Grad', (9, 1), 9, draw(1), told, 0, 0)
     tell('Spike', (9, 2), 9, draw(2), 0)
@@ -353,8 +353,8 @@ def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
     times = (inputs[:2] / whole[1][:2]).round(decimals=6)
     assert set(times.unique().tolist()) <= {0.0, 2.0}
     assert_close(h[4:], trainer.network.local_part(draw(1)))  # of the Grad
-    # Its Grads are about own rows. In every third step, the first too, its
-    # Spike is about any that it has seen.
+    # Its Grads are about own rows. In every third step (4 / 1.5), the first
+    # too, its Spike is about any that it has seen.
     (spike, *_), grads_sent = sinks[0].take('Spike'), sinks[0].take('Grad')
     seen = torch.cat([x, draw(1), draw(2)])
     assert all((seen == row).all(1).any() for row in spike.x)
