@@ -149,8 +149,7 @@ def plan(options, chosen, given):
     folder = time.strftime(f'.runs/%Y%m%d-%H%M%S-{os.getpid()}')
     if options.record:
         folder = ROOT / '.results' / options.record
-    values, shown = figures.read(options, given)
-    for path, name, run_values in figures.list_runs(chosen, values, shown):
+    for path, name, run_values in figures.list_runs(options, chosen, given):
         # In a shared folder, runs would overwrite each other's files.
         for key in ('checkpoint', 'log_folder', 'tensorboard'):
             if run_values.get(key):
