@@ -7,16 +7,10 @@ import statistics
 from mach import metrics
 
 # Fields of the run line that may change the result, as hyperparameters do.
-SOURCE = ('commit', 'threads', 'processes')
-# Hyperparameters that `accuracy` and `rate` are drawn against.
-SWEPT = ('k', 'latency', 'loss_rate', 'skew')
-# Panel -> what it needs.
-NEEDS = dict.fromkeys(('steps', 'seconds'), 'eval lines at common steps')
-NEEDS |= dict.fromkeys(
-    ('accuracy', 'rate'),
-    f'logs that differ in one of {", ".join(SWEPT)}, and in no other setting')
-NEEDS |= dict(worth='edge lines, all of one setting')
-NEEDS |= dict(classes='shard lines, all of one setting')
+SOURCE = ('dataset', 'commit', 'threads', 'processes')
+# Hyperparameters that `accuracy` and `rate` are drawn against -> x axis.
+SWEPT = dict(k='k, MACHs', latency='latency, s')
+SWEPT |= dict(loss_rate='loss_rate', skew='skew')
 
 
 def flaw(log):
@@ -30,26 +24,25 @@ def flaw(log):
 
 
 def settings(log, hidden=()):
-    """What runs in a row of the table share, but for the settings `hidden`.
+    """What the runs of a group share: hyperparameters and SOURCE.
 
-    These are hyperparameters and SOURCE.
+    BOOKKEEPING and the settings `hidden` are left out.
     """
-    hidden = (*metrics.BOOKKEEPING, 'connected', *hidden)
     shared = log.hparams | {k: log.run[k] for k in SOURCE if k in log.run}
+    hidden = (*metrics.BOOKKEEPING, *hidden)
     return {k: v for k, v in shared.items() if k not in hidden}
 
 
 def group(logs, hidden=()):
-    """Lists of the logs that share experiment, dataset and settings."""
+    """Lists of the logs that share experiment and `settings`."""
     groups = {}
     for log in logs:
-        row = (log.run.get('experiment'), log.run.get('dataset'),
-               frozenset(settings(log, hidden).items()))
-        groups.setdefault(row, []).append(log)
+        row = frozenset(settings(log, hidden).items())
+        groups.setdefault((log.run.get('experiment'), row), []).append(log)
     return list(groups.values())
 
 
-def differs(log, groups, hidden=('k',)):
+def differs(log, groups, hidden=()):
     """'depth 1, steps 400': in what the groups of its experiment differ."""
     rows = [
         settings(first, hidden)
@@ -63,19 +56,16 @@ def differs(log, groups, hidden=('k',)):
 
 
 def lines(logs, hidden=()):
-    """Label -> logs of each line of a picture: a row, connected or isolated.
+    """Label -> logs of each line of a picture.
 
     Args:
         hidden: settings in which the logs of a line may differ.
     """
     groups, found = group(logs, hidden), {}
-    datasets = {log.run.get('dataset') for log in logs}
-    for log in itertools.chain(*groups):
-        words = [str(log.run.get('experiment'))]
-        words += [str(log.run.get('dataset'))] * (len(datasets) > 1)
-        words += [differs(log, groups, hidden)]
-        words += ['isolated'] * (not log.hparams.get('connected', True))
-        found.setdefault(', '.join(filter(None, words)), []).append(log)
+    for same in groups:
+        words = [str(same[0].run.get('experiment'))]
+        words += filter(None, [differs(same[0], groups, hidden)])
+        found[', '.join(words)] = same
     return found
 
 
@@ -85,43 +75,28 @@ def swept(logs):
         name for name in SWEPT if any(
             len({log.hparams.get(name)
                  for log in same} - {None}) > 1
-            for same in lines(logs, [name]).values())
+            for same in group(logs, [name]))
     ]
     return names[0] if len(names) == 1 else None
 
 
-def evaluations(log):
-    """The `eval` lines of `mach mean`; without one, the mean of the MACHs.
-
-    A resumed run may repeat a step: the last line of a step and MACH counts.
-    """
-    found = {}
-    for line in log.evals:
-        found.setdefault(line.get('step'), {})[line.get('mach')] = line
-    return [
-        dict(machs.get('mean') or metrics.mean(list(machs.values())), step=step)
-        for step, machs in found.items()
-    ]
-
-
-def curve(runs, by, x, y):
+def curve(rows, by, x, y, least=1):
     """[(mean x, mean y, standard deviation of y)], for each value of a field.
 
     Args:
-        runs: the rows of each run; a row is a dict of fields.
-        by: the field. Of `step`, values count that all runs have.
-        x, y: fields; rows without one of by, x and y, or with nan, are left out.
+        rows: dicts of fields; rows without `by` or with a nan are left out.
+        by, x, y: fields.
+        least: the number of rows that a value must have.
     """
-    groups, least = {}, len(runs) if by == 'step' else 1
-    for row in itertools.chain(*runs):
-        if {by, x, y} <= set(row) and not math.isnan(row[y]):
+    groups, points = {}, []
+    for row in rows:
+        if by in row and not math.isnan(row.get(y, math.nan)):
             groups.setdefault(row[by], []).append((row[x], row[y]))
-    points = []
     for _, pairs in sorted(groups.items()):
-        xs, ys = zip(*pairs)
-        std = statistics.stdev(ys) if len(ys) > 1 else 0.0
-        points += [(statistics.fmean(xs), statistics.fmean(ys), std)
-                  ] * (len(ys) >= least)
+        if len(pairs) >= least:
+            xs, ys = zip(*pairs)
+            std = statistics.stdev(ys) if len(ys) > 1 else 0.0
+            points.append((statistics.fmean(xs), statistics.fmean(ys), std))
     return points
 
 
@@ -129,48 +104,53 @@ def curves(logs):
     """Panel -> [(label, y, curve)], and the name of `swept`.
 
     Panels are steps, seconds, accuracy and rate; y is `real`, `synthetic` or
-    `rate`. No curve is empty.
+    `rate`. No curve is empty. `steps` and `seconds` have the steps that all
+    runs of a line have.
     """
-    found, name = {panel: [] for panel in NEEDS}, swept(logs)
-
-    def add(panel, label, y, points):
-        if points:
-            found[panel].append((label, y, points))
-
+    found, name = [], swept(logs)
     for label, same in lines(logs).items():
-        runs = [evaluations(log) for log in same if log.evals]
+        runs = [log for log in same if log.evals]
+        # A resumed run may repeat a step: its last line counts.
+        evals = [{line['step']: line for line in log.evals} for log in runs]
+        rows = [line for steps in evals for line in steps.values()]
         for y in 'real', 'synthetic':
-            add('steps', label, y, curve(runs, 'step', 'step', y))
-            add('seconds', label, y, curve(runs, 'step', 'seconds', y))
+            for panel, x in ('steps', 'step'), ('seconds', 'seconds'):
+                points = curve(rows, 'step', x, y, least=len(runs))
+                found.append((panel, label, y, points))
     for label, same in lines(logs, [name]).items() if name else ():
-        rows = [[log.hparams | log.mean for log in same]]
-        add('accuracy', label, 'real', curve(rows, name, name, 'real'))
-        add('rate', label, 'rate', curve(rows, name, name, 'rate'))
-    return found, name
+        rows = [log.hparams | log.mean for log in same]
+        for panel, y in ('accuracy', 'real'), ('rate', 'rate'):
+            found.append((panel, label, y, curve(rows, name, name, y)))
+    panels = {}
+    for panel, *line in found:
+        if line[-1]:
+            panels.setdefault(panel, []).append(line)
+    return panels, name
 
 
 def tables(logs):
     """Panel -> matrix: worth [mach, child], classes [mach, class]; and a note.
 
-    Worth is the mean over the runs. If their shards differ, both panels are of
-    the first run alone. Without edges, the shards count. There is no panel if
-    the logs have several settings.
+    Both are of the logs with edges, if there are any. Worth is the mean over
+    the runs. If their shards differ, both panels are of the first run alone.
+    There is no panel if the logs have several settings.
     """
-    logs = [log for log in logs if log.edges
-           ] or [log for log in logs if log.shards]
-    if len(lines(logs)) != 1:
-        return {}, ''
-    note, worth = f'mean, n = {len(logs)}', {}
-    if any(log.shards != logs[0].shards for log in logs):
+    logs, found = [log for log in logs if log.edges] or logs, {}
+    if len(group(logs)) != 1:
+        return found, ''
+    note, worth, shards = f'mean, n = {len(logs)}', {}, logs[0].shards
+    if any(log.shards != shards for log in logs):
         logs = logs[:1]
         note = f'seed {logs[0].run.get("seed")} alone: shards differ'
     for edge in itertools.chain(*(log.edges for log in logs)):
         cell = edge['mach'], edge['child']
         worth.setdefault(cell, []).append(edge['worth'])
-    places = range(1 + max(itertools.chain(*worth), default=-1))
-    matrix = [[statistics.fmean(worth.get((i, j), [math.nan]))
-               for j in places]
-              for i in places]
-    classes = [str(shard['classes']).split(',') for shard in logs[0].shards]
-    classes = [list(map(int, row)) for row in classes]
-    return dict(worth=matrix, classes=classes), note
+    if worth:
+        places = range(len(shards))
+        found['worth'] = [[
+            statistics.fmean(worth.get((i, j), [math.nan])) for j in places
+        ] for i in places]
+    if shards:
+        rows = [str(shard['classes']).split(',') for shard in shards]
+        found['classes'] = [list(map(int, row)) for row in rows]
+    return found, note

@@ -265,7 +265,9 @@ def compare(logs):
             metrics.warn(f'{log.name}: {log.skipped} lines are no log lines')
         if groups.flaw(log):
             metrics.warn(f'{log.name}: {groups.flaw(log)}, left out')
-    found = groups.group([log for log in logs if not groups.flaw(log)])
+    counted = [log for log in logs if not groups.flaw(log)]
+    found = groups.group(counted, ['connected'])
+    columns = 'connected', 'dataset', 'k'
     rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
              'seconds', 'differs in')]
     for same in found:
@@ -284,7 +286,8 @@ def compare(logs):
         row = [experiment, same[0].run.get('dataset')]
         row += [same[0].hparams.get('k', '-'), len(runs)]
         row += [cell(connected, 'real'), cell(connected, 'synthetic'), alone]
-        row += [cell(runs, 'seconds', 1), groups.differs(same[0], found)]
+        row += [cell(runs, 'seconds', 1)]
+        row += [groups.differs(same[0], found, columns)]
         commit = str(same[0].run.get('commit'))
         if commit.endswith('-dirty') and len(same) > 1:
             metrics.warn(

@@ -7,26 +7,31 @@ out logs without the hyperparameter of their x axis. matplotlib is optional.
 """
 
 import importlib.util
-import itertools
 import os
 import pathlib
-import textwrap
 
 from mach import groups
 
-# Panel -> its y axis, or for a matrix its x axis.
-PANELS = dict.fromkeys(('steps', 'seconds'), 'validation accuracy, %')
-PANELS |= dict(accuracy='real, % of test images')
-PANELS |= dict(rate='rate, steps/s of one MACH')
-PANELS |= dict(worth='child (worth: points)', classes='class (images)')
-ROWS = ('steps', 'seconds'), ('accuracy', 'rate'), ('worth', 'classes')
-UNITS = dict(k=', MACHs', latency=', s')
+EVALS = 'validation accuracy, %', 'eval lines at common steps'
+SWEEP = (f'logs that differ in one of {", ".join(groups.SWEPT)}, and in no '
+         'other setting')
+# Panel -> its x axis, its y axis, and what it needs. '' is what is swept.
+PANELS = dict(
+    steps=('steps (solid: real, dashed: synthetic)', *EVALS),
+    seconds=('seconds (solid: real, dashed: synthetic)', *EVALS),
+    accuracy=('', 'real, % of test images', SWEEP),
+    rate=('', 'rate, steps/s of one MACH', SWEEP),
+    worth=('child (worth: points)', 'mach', 'edge lines, all of one setting'),
+    classes=('class (images)', 'mach', 'shard lines, all of one setting'),
+)
 SUFFIXES = '.png', '.svg', '.pdf'
 # Okabe and Ito's colours, but yellow: the colour-blind can tell them apart.
 COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #000000 #56B4E9 #E69F00'.split()
 MARKERS, DASHES = 'osD^vPX*', dict(real='-', synthetic='--', rate='-')
+# The legend is below the figure: `tight` makes the picture large enough.
 STYLE = {'font.size': 9, 'axes.titlesize': 9, 'savefig.dpi': 200}
-STYLE |= {'svg.fonttype': 'none', 'svg.hashsalt': 'mach', 'pdf.fonttype': 42}
+STYLE |= {'savefig.bbox': 'tight', 'pdf.fonttype': 42}
+STYLE |= {'svg.fonttype': 'none', 'svg.hashsalt': 'mach'}
 
 
 def obstacle(picture):
@@ -52,11 +57,10 @@ def draw_curves(axes, curves, labels):
 
 
 def zoom(axes, curves):
-    """Gives the second half of the lines at least half of the y axis."""
+    """Leaves out what is far below the second half of the lines."""
     ends = [mean for *_, p in curves for _, mean, _ in p[len(p) // 2:]]
-    low, high, margin = min(ends), max(ends), (max(ends) - min(ends)) / 5 + 0.1
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(max(bottom, low - 5 * margin), min(top, high + margin))
+    bottom = min(ends) - (max(ends) - min(ends)) - 1
+    axes.set_ylim(max(bottom, axes.get_ylim()[0]))
 
 
 def set_ticks(axes, curves):
@@ -64,8 +68,7 @@ def set_ticks(axes, curves):
     values = sorted({x for *_, points in curves for x, *_ in points})
     positive = [x for x in values if x > 0]
     if positive and max(positive) >= 30 * min(positive):
-        near = {} if positive == values else dict(linthresh=min(positive))
-        axes.set_xscale('symlog' if near else 'log', **near)
+        axes.set_xscale('symlog', linthresh=min(positive))
     axes.set_xticks(values, [f'{x:g}' for x in values])
     axes.minorticks_off()
 
@@ -76,15 +79,15 @@ def draw_table(axes, rows, form):
              for i, row in enumerate(rows)
              for j, x in enumerate(row)
              if x == x]  # without nan
-    most = max((abs(x) for *_, x in cells), default=0) or 1
-    image = axes.imshow(rows, 'PuOr', vmin=-most, vmax=most, aspect='auto')
+    most = max(abs(x) for *_, x in cells)
+    look = dict(vmin=-most, vmax=most, alpha=0.6, aspect='auto')
+    image = axes.imshow(rows, 'PuOr', **look)
     if len(rows) > 12:
         axes.figure.colorbar(image, ax=axes)
         return
     axes.set(xticks=range(len(rows[0])), yticks=range(len(rows)))
     for i, j, x in cells:
-        look = dict(color='white' if abs(x) > 0.6 * most else 'black')
-        axes.text(j, i, format(x, form), ha='center', va='center', **look)
+        axes.text(j, i, format(x, form), ha='center', va='center', fontsize=6)
 
 
 def make_figure(logs, panels=None):
@@ -99,42 +102,30 @@ def make_figure(logs, panels=None):
     """
     from matplotlib import figure  # pylint: disable=import-outside-toplevel
     (curves, swept), (tables, note) = groups.curves(logs), groups.tables(logs)
-    found, rows, handles = curves | tables, [], {}
-    shown = [panel for panel in panels or PANELS if found.get(panel)]
+    shown = [panel for panel in PANELS if panel in curves | tables]
     for panel in panels or ():
         if panel not in shown:
-            raise ValueError(f'panel {panel} needs {groups.NEEDS[panel]}')
+            raise ValueError(f'panel {panel} needs {PANELS[panel][-1]}')
+    shown = panels or shown
     if not shown:
         raise ValueError('no panel applies to the logs that count')
-    for pair in ROWS:
-        row = [panel for panel in pair if panel in shown]
-        if len(row) == 2 and len(tables.get(row[0], ())) <= 5:
-            left = 2 if row[0] in tables else 3  # of six columns
-            rows.append(row[:1] * left + row[1:] * (6 - left))
-        else:
-            rows += [[panel] * 6 for panel in row]
-    # Curves are as high as a matrix of six MACHs.
-    counts = [len(tables.get(row[0], range(6))) for row in rows]
-    heights = [0.8 + 0.3 * min(12, count) for count in counts]
-    labels = {one[0]: 0 for panel in shown for one in curves.get(panel, ())}
-    legend = [0.2 + 0.15 * (len(label) // 90) for label in labels]
-    whole = figure.Figure((7, sum(heights + legend)), layout='constrained')
-    places = whole.subplot_mosaic(rows, height_ratios=heights)
-    for panel, axes in places.items():
+    # Two panels share a row; a last one has the whole row.
+    rows = [(shown[i:i + 2] * 2)[:2] for i in range(0, len(shown), 2)]
+    whole = figure.Figure((7, 2.8 * len(rows)), layout='constrained')
+    labels = [one[0] for panel in shown for one in curves.get(panel, ())]
+    labels, handles = list(dict.fromkeys(labels)), {}
+    for panel, axes in whole.subplot_mosaic(rows).items():
+        x, y, _ = PANELS[panel]
+        axes.set(xlabel=x or groups.SWEPT[swept], ylabel=y)
         if panel in tables:
+            axes.set(title=f'{panel}, {note}')
             draw_table(axes, tables[panel], '.2f' if panel == 'worth' else 'd')
-            names = f'{panel}, {note}', PANELS[panel], 'mach'
         else:
-            draw_curves(axes, curves[panel], list(labels))
-            x = f'{panel} (solid: real, dashed: synthetic)'
-            x = x if panel in ROWS[0] else swept + UNITS.get(swept, '')
-            names = '', x, PANELS[panel]
-            (zoom if panel in ROWS[0] else set_ticks)(axes, curves[panel])
-        axes.set(**dict(zip(('title', 'xlabel', 'ylabel'), names)))
+            draw_curves(axes, curves[panel], labels)
+            (zoom if x else set_ticks)(axes, curves[panel])
         for line in axes.lines:
-            handles.setdefault(textwrap.fill(line.get_label(), 90), line)
-    if handles:
-        whole.legend(handles.values(), handles, loc='outside lower left')
+            handles.setdefault(line.get_label(), line)
+    whole.legend(handles.values(), handles, bbox_to_anchor=(0, 0), loc=2)
     return whole
 
 
@@ -144,7 +135,7 @@ def draw(picture, logs, panels=None):
     The path has no `obstacle`; the rest is as in `make_figure`.
     """
     import matplotlib  # pylint: disable=import-outside-toplevel
-    date = dict(svg='Date', pdf='CreationDate').get(str(picture)[-3:])
+    svg = pathlib.Path(picture).suffix == '.svg'
     with matplotlib.rc_context(STYLE):
         whole = make_figure(logs, panels)
-        whole.savefig(picture, metadata={date: None} if date else None)
+        whole.savefig(picture, metadata={'Date': None} if svg else None)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mach import groups, main, metrics, plot
+from mach import main, metrics, plot
 
 line = metrics.format_line
 EVALS = [(10, 90.0, 5.0), (20, 95.0, 9.0)]  # step, real, seconds
@@ -46,26 +46,27 @@ def test_two_seeds_are_a_mean_in_a_band():
     assert {y for x, y in points if x == 10} == {91 - 2**.5, 91 + 2**.5}
 
 
-def test_a_repeated_step_counts_once_and_machs_without_a_mean_are_averaged():
-    machs = (0, 10.0), (1, 70.0), (0, 90.0)
-    machs = [line('eval', step=5, mach=i, synthetic=x) for i, x in machs]
-    steps, seconds = draw([log(evals=[(10, 1.0, 5.0), *EVALS], lines=machs)])
+def test_a_repeated_step_counts_once():
+    steps, seconds = draw([log(evals=[(10, 1.0, 5.0), *EVALS])])
     assert drawn(seconds) == {'x -': [[5, 9], [90, 95]]}
-    assert drawn(steps)['x --'] == [[5], [80]]
+    assert drawn(steps) == {'x -': [[10, 20], [90, 95]]}
 
 
 def test_labels_are_those_of_the_table():
-    first = dict(evals=EVALS, k=5, depth=1, lr=1)
+    first = dict(evals=EVALS, k=5, depth=1, lr=1, connected=True)
     logs = [log(**first), log(**first | dict(k=3, depth=2))]
-    logs += [log(**first, connected=False), log(name='plain', evals=EVALS)]
+    logs += [log(**first | dict(connected=False))]
+    logs += [log(name='plain', evals=EVALS)]
     axes, _ = draw(logs)
-    labels = 'x, k 5, depth 1', 'x, k 5, depth 1, isolated', 'x, k 3, depth 2'
+    labels = ('x, k 5, depth 1, connected True',
+              'x, k 3, depth 2, connected True',
+              'x, k 5, depth 1, connected False')
     assert list(drawn(axes)) == [f'{one} -' for one in (*labels, 'plain')]
     assert len({(one.get_color(), one.get_marker()) for one in axes.lines}) == 4
 
 
 @pytest.mark.parametrize('values, scale, name', [
-    ([1, 2, 40], 'log', 'k'),
+    ([1, 2, 40], 'symlog', 'k'),
     ([0.0, 0.1, 3.0], 'symlog', 'latency'),
     ([0.0, 0.1, 0.3], 'linear', 'loss_rate'),
 ])
@@ -126,5 +127,5 @@ def test_the_command_line(capsys, tmp_path):
     assert '>steps (solid' in one.read_text() == two.read_text()
     capsys.readouterr()
     assert main.main([*words, str(one), '--panels', 'steps', 'rate']) == 2
-    said = f'mach: --plot: panel rate needs {groups.NEEDS["rate"]}\n'
+    said = f'mach: --plot: panel rate needs {plot.SWEEP}\n'
     assert capsys.readouterr().err == said
