@@ -47,9 +47,11 @@ def test_two_seeds_are_a_mean_in_a_band():
 
 
 def test_a_repeated_step_counts_once():
-    steps, seconds = draw([log(evals=[(10, 1.0, 5.0), *EVALS])])
-    assert drawn(seconds) == {'x -': [[5, 9], [90, 95]]}
-    assert drawn(steps) == {'x -': [[10, 20], [90, 95]]}
+    last = dict(step=20, mach='mean', synthetic=80.0, real=95.0, seconds=9.0)
+    again = [line('eval', **last | dict(synthetic=70.0)), line('eval', **last)]
+    steps, seconds = draw([log(evals=[(10, 1.0, 5.0), *EVALS], lines=again)])
+    assert drawn(seconds) == {'x -': [[5, 9], [90, 95]], 'x --': [[9], [80]]}
+    assert drawn(steps) == {'x -': [[10, 20], [90, 95]], 'x --': [[20], [80]]}
 
 
 def test_labels_are_those_of_the_table():
