@@ -58,9 +58,12 @@ def differs(log, groups, hidden=()):
 def lines(logs, hidden=()):
     """Label -> logs of each line of a picture.
 
+    A line may have logs of several commits: a figure is recorded bit by bit.
+
     Args:
-        hidden: settings in which the logs of a line may differ.
+        hidden: other settings in which the logs of a line may differ.
     """
+    hidden = *hidden, 'commit'
     groups, found = group(logs, hidden), {}
     for same in groups:
         words = [str(same[0].run.get('experiment'))]
@@ -75,7 +78,7 @@ def swept(logs):
         name for name in SWEPT if any(
             len({log.hparams.get(name)
                  for log in same} - {None}) > 1
-            for same in group(logs, [name]))
+            for same in lines(logs, [name]).values())
     ]
     return names[0] if len(names) == 1 else None
 

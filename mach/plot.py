@@ -91,7 +91,7 @@ def draw_table(axes, rows, form):
 
 
 def make_figure(logs, panels=None):
-    """The matplotlib Figure, 7 inches wide, for print.
+    """The matplotlib Figure for print, 7 inches wide without its legend.
 
     Args:
         logs: of runs that count.
@@ -125,7 +125,8 @@ def make_figure(logs, panels=None):
             (zoom if x else set_ticks)(axes, curves[panel])
         for line in axes.lines:
             handles.setdefault(line.get_label(), line)
-    whole.legend(handles.values(), handles, bbox_to_anchor=(0, 0), loc=2)
+    if handles:
+        whole.legend(handles.values(), handles, bbox_to_anchor=(0, 0), loc=2)
     return whole
 
 
