@@ -148,7 +148,7 @@ def tables(logs):
     for edge in itertools.chain(*(log.edges for log in logs)):
         cell = edge['mach'], edge['child']
         worth.setdefault(cell, []).append(edge['worth'])
-    if worth:
+    if worth and shards:
         places = range(len(shards))
         found['worth'] = [[
             statistics.fmean(worth.get((i, j), [math.nan])) for j in places

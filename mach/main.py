@@ -114,7 +114,7 @@ def read_words(words):
         only, _ = figures.FIGURES[options.record]
     chosen = {} if options.compare else dict(map(find, only))
     names = set().union(*chosen.values())
-    for name in names:
+    for name in sorted(names):  # the order of words in the names of logs
         parser.add_argument(f'--{name}', f'--{name.replace("_", "-")}')
     found, unknown = parser.parse_known_args(words)
     if unknown:
@@ -124,6 +124,8 @@ def read_words(words):
         for key, value in vars(found).items()
         if key in names and value is not None
     }
+    if options.record and given.get('dry_run') == 'True':
+        fail('--record and --dry_run exclude each other')
     if 'seed' in given and options.seeds:
         fail('--seed and --seeds exclude each other')
     used = {k for k, v in vars(options).items() if v is not None}
@@ -131,7 +133,7 @@ def read_words(words):
         fail('--compare takes logs, --plot, --panels and no other option')
     if options.panels and not options.plot:
         fail('--panels needs --plot')
-    if options.plot and plot.obstacle(options.plot):
+    if options.plot is not None and plot.obstacle(options.plot):
         fail(f'--plot: {plot.obstacle(options.plot)}')
     return options, chosen, given
 
@@ -164,9 +166,10 @@ def plan(options, chosen, given):
             # Without a buffer, a line is shown when it is printed.
             jobs[log] = [sys.executable, '-u', str(path)]
             jobs[log] += [f'--{k}={v}' for k, v in run_values.items()]
-            checks.setdefault(path.parent.name, jobs[log])
+            checks.setdefault((path.parent.name, run_values.get('k')),
+                              jobs[log])
     # The first check may download the data, so they do not run at once.
-    for name, command in checks.items():
+    for (name, _), command in checks.items():
         if subprocess.run([*command, '--dry_run=True'],
                           stdin=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL,

@@ -356,11 +356,10 @@ class Board(io.TextIOBase):
 
     def __init__(self, experiment, settings):
         self._hparams = dataclasses.asdict(settings)
-        path = f'{settings.tensorboard}/{experiment}.seed{settings.seed}'
-        self._folder, number = path, 1
-        while os.path.exists(self._folder):  # it is of an earlier run
-            number += 1
-            self._folder = f'{path}.{number}'
+        # Runs of one seed stay apart, even those of the same second.
+        now = time.strftime(f'%Y%m%d-%H%M%S-{os.getpid()}')
+        name = f'{experiment}.seed{settings.seed}.{now}'
+        self._folder = os.path.join(settings.tensorboard, name)
         os.makedirs(settings.tensorboard, exist_ok=True)
         tempfile.TemporaryFile(dir=settings.tensorboard).close()
         try:

@@ -106,7 +106,7 @@ def make_figure(logs, panels=None):
     for panel in panels or ():
         if panel not in shown:
             raise ValueError(f'panel {panel} needs {PANELS[panel][-1]}')
-    shown = panels or shown
+    shown = list(dict.fromkeys(panels or shown))
     if not shown:
         raise ValueError('no panel applies to the logs that count')
     # Two panels share a row; a last one has the whole row.

@@ -18,6 +18,7 @@ import heapq
 import itertools
 import os
 import pathlib
+import re
 import sys
 import time
 import types
@@ -303,6 +304,10 @@ def main():
         default=str(conftest.DATA or conftest.ROOT / 'data'),
         help='folder of the MNIST files')
     words = parser.parse_args()
+    if not all(
+            re.fullmatch(r'(fedavg|diloco) [1-9]\d*', one)
+            for one in words.rules):
+        parser.error('a rule is: fedavg or diloco, and H')
     words.precision = metrics.choose_precision(words.precision, 'cpu')
     for name in words.tables:
         tables[name](words)

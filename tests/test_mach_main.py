@@ -126,7 +126,7 @@ def test_runs_in_order_saves_and_compares(tmp_path):
 
 
 def test_two_started_at_once_have_logs_of_their_own():
-    assert re.search(r'-> \.runs/\S+-\d+/a\.txt',
+    assert re.search(r'-> \.runs/\d+-\d+-\d+/a\.txt',
                      launch('--only', make('a'))[2])
 
 

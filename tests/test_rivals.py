@@ -26,6 +26,9 @@ def test_members_start_alike_without_edges(dataset):
     first, second = map(conftest.weights, (one.network for one in members))
     assert torch.equal(first, second)
     assert not any(one.exchange.children for one in members)
+    connected = AVERAGING.Graph(k=2, batch_size=16, precision='fp32')
+    first, _ = AVERAGING.make_members(connected, dataset)
+    assert not first.exchange.children  # benchmark_averaging.py asks so
 
 
 @pytest.mark.parametrize('sized', [False, True])

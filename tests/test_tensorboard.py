@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from unittest import mock
 
 import conftest
@@ -53,17 +54,27 @@ def check(log, folder):
 
 @every_experiment
 def test_each_run_has_curves_of_its_own(run_here, before, tmp_path, experiment):
-    given, logs = [f'--tensorboard={tmp_path}', '--evaluate_every=2'], {}
-    assert run_here(experiment, *given, '--dry_run=True')[0] == 0
-    assert not os.listdir(tmp_path)
-    for name, steps in ('', 6), ('.2', 8):
-        code, logs[name], err = run_here(experiment, *given, f'--steps={steps}')
-        assert (code, err) == (0, '') and logs[name].evals
+    given, names = ['--evaluate_every=2'], []
+    dry = run_here(experiment, f'--tensorboard={tmp_path}', '--dry_run=True')
+    assert dry[0] == 0 and not os.listdir(tmp_path)
+
+    def run(folder, *words):
+        to = tmp_path / folder
+        found = run_here(experiment, f'--tensorboard={to}', *given, *words)
+        name, = os.listdir(to)
+        check(found[1], to / name)
+        names.append(name)
+        return found
+
+    code, log, err = run('a')
+    assert (code, err) == (0, '') and log.evals
+    time.sleep(1)  # names have the second and the process
+    assert run('b', '--steps=8')[0] == 0
     before(experiment, 'step', lambda *_: 1 / 0)  # every MACH fails
-    code, logs['.3'], err = run_here(experiment, *given)
+    code, _, err = run('c')
     assert code == 1 and 'no more curves' not in err  # they are nan
-    for name, log in logs.items():
-        check(log, tmp_path / f'{experiment}.seed0{name}')
+    assert names[0] != names[1]
+    assert all(name.startswith(f'{experiment}.seed0.') for name in names)
 
 
 @pytest.mark.parametrize('name', ['synchronous_kgraph', 'asynchronous_kgraph'])
@@ -72,7 +83,8 @@ def test_a_command_line(tmp_path, name):
                           f'--tensorboard={tmp_path}/new/x') as process:
         code, out, err = process.end()
     assert code == 0 and 'Traceback' not in err
-    check(metrics.parse_log(out), tmp_path / f'new/x/{name}.seed0')
+    folder, = (tmp_path / 'new/x').iterdir()
+    check(metrics.parse_log(out), folder)
 
 
 @every_experiment

@@ -14,6 +14,7 @@ The log has the accuracy of the averaged network.
 
 import copy
 import dataclasses
+import math
 import pathlib
 import sys
 
@@ -67,8 +68,8 @@ class Hyperparameters:
 def make_isolated(settings):
     """The Hyperparameters of asynchronous_kgraph, without edges."""
     shared = vars(Graph()).keys() & vars(settings).keys()
-    return Graph(connected=False,
-                 **{name: getattr(settings, name) for name in shared})
+    names = {name: getattr(settings, name) for name in shared}
+    return Graph(**names | dict(connected=False))
 
 
 def make_members(settings, dataset):
@@ -108,8 +109,8 @@ def train(settings, dataset, dies=None, look=lambda step, network, own: None):
 
     Args:
         dies: index of the member that is gone after half of the steps, or None.
-        look: called after each average with the step, the averaged network and
-            the members; a true answer ends the training.
+        look: called after each step with its number, the network of the last
+            average and the members; a true answer ends the training.
     """
     members = make_members(settings, dataset)
     shared, outer = copy.deepcopy(members[0].network), None
@@ -118,6 +119,8 @@ def train(settings, dataset, dies=None, look=lambda step, network, own: None):
                                 settings.outer_rate,
                                 settings.outer_momentum,
                                 nesterov=settings.outer_momentum > 0)
+    for one in members:
+        one.tally.begin()
     for step in range(1, settings.steps + 1):
         for one in members:
             one.step()
@@ -125,8 +128,8 @@ def train(settings, dataset, dies=None, look=lambda step, network, own: None):
             del members[dies]
         if step % settings.every == 0 or step == settings.steps:
             average(members, shared, outer, settings.sized)
-            if look(step, shared, members):
-                break
+        if look(step, shared, members):
+            break
     return shared, members
 
 
@@ -149,14 +152,15 @@ def main(words):
         metrics.warn(f'{EXPERIMENT}: {error}')
         return 2
     metrics.say_run(EXPERIMENT, dataset, settings, shards, threads=1)
-    if settings.dry_run:
-        return 0
-    every = settings.evaluate_every or settings.steps + 1
-    due = iter(range(every, settings.steps + 1, every))
-    waiting = [next(due, settings.steps + 1)]
+    if settings.dry_run or metrics.FAILED:
+        return int(bool(metrics.FAILED))
+    due = settings.evaluate_every or math.inf
 
     def look(step, network, members):
-        if step >= waiting[0]:
+        nonlocal due
+        averaged = step % settings.every == 0 or step == settings.steps
+        if averaged and step >= due:
+            due += settings.evaluate_every
             real = evaluate(network, settings, dataset.validation_images,
                             dataset.validation_labels)
             metrics.say('eval',
@@ -164,17 +168,24 @@ def main(words):
                         mach='mean',
                         real=real,
                         seconds=members[0].tally.seconds)
-            waiting[0] = next(due, settings.steps + 1)
-        return stopped
+            for one in members:
+                one.tally.begin()  # the clock stood still
+        return stopped or metrics.FAILED
 
     with metrics.catch_signals(stopped.append):
-        network, members = train(settings, dataset, look=look)
-        real = evaluate(network, settings, dataset.test_images,
-                        dataset.test_labels)
+        try:
+            network, members = train(settings, dataset, look=look)
+            real = evaluate(network, settings, dataset.test_images,
+                            dataset.test_labels)
+        except FloatingPointError as error:
+            metrics.warn(f'{EXPERIMENT}: {error}')
+            real, members = math.nan, make_members(settings, dataset)
         metrics.say_finals(EXPERIMENT, dataset, settings,
                            [dict(mach=0, real=real)],
                            {0: Snapshot(members[0].tally)})
-    return 128 + stopped[0] if stopped else int(bool(metrics.FAILED))
+    if stopped:
+        return 128 + stopped[0]
+    return int(math.isnan(real) or bool(metrics.FAILED))
 
 
 if __name__ == '__main__':

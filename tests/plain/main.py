@@ -35,7 +35,7 @@ class Hyperparameters:
     data: str = hparam('data', 'folder of the MNIST files')
     validation: int = hparam(5000, 'held-out images, for eval lines', 10, 50000)
     seed: int = hparam(0, 'draws weights and batches', 0, 10**9)
-    steps: int = hparam(4300, 'training steps; 859 are an epoch', 1, 10**9)
+    steps: int = hparam(4300, 'training steps; 860 are an epoch', 1, 10**9)
     batch_size: int = hparam(64, 'images in one step', 1, 50000)
     evaluate_every: int = hparam(100, 'steps; 0: no eval lines', 0, 10**9)
     device: str = hparam('cpu', 'of the network', 'cpu')
@@ -118,8 +118,8 @@ def main(words):
         return 2
     classes = dataset.train_labels.bincount(minlength=data.CLASSES)
     metrics.say_run(EXPERIMENT, dataset, settings, [classes], CORES)
-    if settings.dry_run:
-        return 0
+    if settings.dry_run or metrics.FAILED:
+        return int(bool(metrics.FAILED))
     tally, every = metrics.Tally(0), settings.evaluate_every
 
     def look(step, network):
