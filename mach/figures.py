@@ -12,6 +12,8 @@ TIMED = 'synchronous_single', 'asynchronous_kgraph', 'tests/plain'
 THREE = dict(seed=(0, 1, 2))
 FIVE = dict(seed=(0, 1, 2, 3, 4), connected=(True, False))
 SKEWED = FIVE | dict(shards=('skewed',))
+# One MACH with all the data, and as many steps as five together.
+CENTRAL = dict(k=(1,), steps=(15000,), dropout=(0.4,))
 # A MACH that waits takes seconds for a step.
 SLOW = dict(deadline=(10,), steps=(50,), evaluate_every=(0,))
 DELAYS = dict(inputs=('synthetic', 'real'), latency=(0, 0.01, 0.1, 1))
@@ -20,6 +22,7 @@ DELAYS = dict(inputs=('synthetic', 'real'), latency=(0, 0.01, 0.1, 1))
 FIGURES = dict(
     experiments=(EXPERIMENTS, THREE),
     isolated=(EXPERIMENTS[3:], THREE | dict(connected=(False,))),
+    central=(EXPERIMENTS[4:], THREE | CENTRAL),
     k=(RIVALS, FIVE | dict(k=(5, 10, 20, 40), neighbours=(4,))),
     skew=(RIVALS, SKEWED | dict(skew=(0.1, 0.5, 5))),
     skew_k20=(RIVALS, SKEWED | dict(k=(20,), neighbours=(4,))),
