@@ -3,6 +3,7 @@
     python mach/main.py --steps 3000              all five, then the table
     python mach/main.py --only synchronous_kgraph --k 7 --isolated True
     python mach/main.py --seeds 0,1,2             mean and std over three seeds
+    python mach/main.py --k 5,10 --only asynchronous_kgraph        a run for each
     python mach/main.py --compare .runs/*/*.txt   the table of saved logs
     python mach/main.py --compare LOG... --plot a.svg --panels steps rate
     python mach/main.py --record k                the runs of a figure
@@ -18,6 +19,7 @@ so far.
 
 import argparse
 import contextlib
+import itertools
 import os
 import pathlib
 import re
@@ -29,8 +31,31 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from mach import figures, groups, metrics, plot
+from mach import metrics, plot
 
+EXPERIMENTS = ('synchronous_single', 'synchronous_sequence',
+               'synchronous_kgraph', 'asynchronous_sequence',
+               'asynchronous_kgraph')
+# What each figure and table of the READMEs consists of. A later word overrides
+# an earlier one. An experiment ignores hyperparameters that it lacks.
+RIVALS = ('--only asynchronous_kgraph tests/averaging --isolated True '
+          '--seeds 0,1,2,3,4')
+FIGURES = dict(
+    experiments='--seeds 0,1,2',
+    isolated=('--only asynchronous_sequence asynchronous_kgraph --seeds 0,1,2 '
+              '--connected False'),
+    # One MACH with all the data, and as many steps as five together.
+    central=('--only asynchronous_kgraph --seeds 0,1,2 --k 1 --steps 15000 '
+             '--dropout 0.4'),
+    k=f'{RIVALS} --k 5,10,20,40 --neighbours 4',
+    skew=f'{RIVALS} --shards skewed --skew 0.1,0.5,5',
+    # A MACH that waits takes seconds for a step.
+    latency=('--only asynchronous_sequence asynchronous_kgraph --seeds 0,1,2 '
+             '--inputs synthetic,real --latency 0,0.01,0.1,1 --deadline 10 '
+             '--steps 50 --evaluate_every 0'),
+    seconds=('--only synchronous_single asynchronous_kgraph tests/plain '
+             '--seeds 0,1,2 --steps 1500 --evaluate_every 100'),
+)
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 STOP_SECONDS = 20  # An experiment may take this long to end after a signal.
 
@@ -51,11 +76,6 @@ def fail(message):
     sys.exit(2)
 
 
-def numbers(text):
-    """[0, 1, 2] of '0,1,2'."""
-    return [int(number) for number in text.split(',')]
-
-
 def make_parser():
     """The parser of the options that are no hyperparameters."""
     parser = argparse.ArgumentParser(
@@ -68,14 +88,12 @@ def make_parser():
         nargs='+',
         metavar='NAME',
         help='experiments, or folders with a main.py; default: all five')
-    add('--seeds', type=numbers, help='a run per seed: 0,1,2')
+    add('--seeds', help='a run per seed: 0,1,2')
     add('--isolated', choices=('True', 'False'), help='run again without edges')
     add('--logs',
         metavar='FOLDER',
         help='the folder of the logs; default: .runs/<date-time>')
-    add('--record',
-        choices=figures.FIGURES,
-        help='run what is missing of a figure')
+    add('--record', choices=FIGURES, help='run what is missing of a figure')
     add('--compare', nargs='+', metavar='LOG', help='print the table of logs')
     add('--plot', metavar='PICTURE', help='.png, .svg or .pdf; see plot.py')
     add('--panels',
@@ -99,21 +117,23 @@ def find(name):
         names = re.findall(r'^ +(\w+): \w+ = hparam\(', text, re.M)
         if names:
             return path, names
-    fail(f'no experiment {name}; choose from {", ".join(figures.EXPERIMENTS)}, '
+    fail(f'no experiment {name}; choose from {", ".join(EXPERIMENTS)}, '
          'or a folder whose main.py has hyperparameters')
 
 
 def read_words(words):
-    """All options, path -> hyperparameters of the chosen experiments, and the
-    hyperparameters that are given.
+    """Options, path -> hyperparameters of an experiment, those that are given.
     """
     parser = make_parser()
     options, _ = parser.parse_known_args(words)
-    only = options.only or figures.EXPERIMENTS
-    if options.record and not options.only:
-        only, _ = figures.FIGURES[options.record]
-    chosen = {} if options.compare else dict(map(find, only))
+    if options.record:
+        words = FIGURES[options.record].split() + words
+        options, _ = parser.parse_known_args(words)
+    chosen = {} if options.compare else dict(
+        map(find, options.only or EXPERIMENTS))
     names = set().union(*chosen.values())
+    names |= set(re.findall(r'--(\w+)', FIGURES.get(options.record, '')))
+    names -= vars(options).keys()
     for name in sorted(names):  # the order of words in the names of logs
         parser.add_argument(f'--{name}', f'--{name.replace("_", "-")}')
     found, unknown = parser.parse_known_args(words)
@@ -126,6 +146,8 @@ def read_words(words):
     }
     if options.record and given.get('dry_run') == 'True':
         fail('--record and --dry_run exclude each other')
+    if not re.fullmatch(r'\d+(,\d+)*', options.seeds or '0'):
+        fail(f'--seeds takes numbers such as 0,1,2, not {options.seeds}')
     if 'seed' in given and options.seeds:
         fail('--seed and --seeds exclude each other')
     used = {k for k, v in vars(options).items() if v is not None}
@@ -136,6 +158,33 @@ def read_words(words):
     if options.plot is not None and plot.obstacle(options.plot):
         fail(f'--plot: {plot.obstacle(options.plot)}')
     return options, chosen, given
+
+
+def list_runs(options, chosen, given):
+    """Yields (path of main.py, name, hyperparameters) of every run, in order.
+
+    The name has what differs; with --record it has all that is given.
+
+    Args:
+        options, chosen, given: as from `read_words`.
+    """
+    plain = metrics.BOOKKEEPING  # such values may have commas
+    values = {k: [v] if k in plain else v.split(',') for k, v in given.items()}
+    shown = {k for k, each in values.items() if options.record or each[1:]}
+    if options.seeds:
+        values['seed'] = options.seeds.split(',')
+    if options.isolated == 'True':
+        values['connected'] = ['True', 'False']
+    for path, names in chosen.items():
+        own = {key: values[key] for key in values if key in names}
+        for combination in itertools.product(*own.values()):
+            run, parts = dict(zip(own, combination)), [path.parent.name]
+            parts += ['isolated'] * (run.get('connected') == 'False')
+            for key in own:
+                if key in shown - {*plain, 'connected'}:
+                    parts.append(f'{key}_{run[key]}')
+            parts += [f'seed{run["seed"]}'] if options.seeds else []
+            yield path, '.'.join(parts), run
 
 
 def plan(options, chosen, given):
@@ -151,7 +200,7 @@ def plan(options, chosen, given):
     folder = time.strftime(f'.runs/%Y%m%d-%H%M%S-{os.getpid()}')
     if options.record:
         folder = ROOT / '.results' / options.record
-    for path, name, run_values in figures.list_runs(options, chosen, given):
+    for path, name, run_values in list_runs(options, chosen, given):
         # In a shared folder, runs would overwrite each other's files.
         for key in ('checkpoint', 'log_folder', 'tensorboard'):
             if run_values.get(key):
@@ -237,7 +286,7 @@ def run(path, command):
 def is_complete(path):
     """Whether a file is the log of a run that counts."""
     try:
-        return not groups.flaw(metrics.read_log(path))
+        return not metrics.flaw(metrics.read_log(path))
     except (OSError, ValueError):
         return False
 
@@ -266,10 +315,10 @@ def compare(logs):
     for log in logs:
         if log.skipped:
             metrics.warn(f'{log.name}: {log.skipped} lines are no log lines')
-        if groups.flaw(log):
-            metrics.warn(f'{log.name}: {groups.flaw(log)}, left out')
-    counted = [log for log in logs if not groups.flaw(log)]
-    found = groups.group(counted, ['connected'])
+        if metrics.flaw(log):
+            metrics.warn(f'{log.name}: {metrics.flaw(log)}, left out')
+    counted = [log for log in logs if not metrics.flaw(log)]
+    found = metrics.group(counted, ['connected'])
     columns = 'connected', 'dataset', 'k'
     rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
              'seconds', 'differs in')]
@@ -290,7 +339,7 @@ def compare(logs):
         row += [same[0].hparams.get('k', '-'), len(runs)]
         row += [cell(connected, 'real'), cell(connected, 'synthetic'), alone]
         row += [cell(runs, 'seconds', 1)]
-        row += [groups.differs(same[0], found, columns)]
+        row += [metrics.differs(same[0], found, columns)]
         commit = str(same[0].run.get('commit'))
         if commit.endswith('-dirty') and len(same) > 1:
             metrics.warn(
@@ -338,7 +387,7 @@ def main(words):
     if '\n' in table:  # there are rows below its head
         print('\n' * bool(jobs) + table, flush=True)
     if options.plot:
-        counted = [log for log in logs if not groups.flaw(log)]
+        counted = [log for log in logs if not metrics.flaw(log)]
         try:
             plot.draw(options.plot, counted, options.panels)
         except (ValueError, OSError) as error:

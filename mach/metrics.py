@@ -37,6 +37,8 @@ DECIMALS |= dict.fromkeys(('train', 'synthetic', 'real', 'worth', 'staleness'),
 BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'edges',
                'dry_run', 'checkpoint', 'checkpoint_every', 'resume', 'hosts',
                'log_folder', 'tensorboard')
+# Fields of the run line that may change the result, as hyperparameters do.
+SOURCE = ('dataset', 'commit', 'threads', 'processes')
 # The files that `say` writes to; None is stdout. FAILED: errors of such a file.
 OUTPUTS, FAILED = [None], []
 # A MACH with nan in one of these fields has failed. The mean becomes nan too.
@@ -272,6 +274,81 @@ def read_log(path):
     with open(path, encoding='utf-8', errors='replace') as file:
         text = file.read()
     return parse_log(text[:text.rfind('\n') + 1], str(path))
+
+
+def flaw(log):
+    """Why a run does not count, or None."""
+    if log.mean is None:
+        return 'no final line of mach mean'
+    if any(math.isnan(log.mean.get(key, 0)) for key in RESULTS):
+        return 'a MACH failed'
+    steps, asked = log.mean.get('steps', math.inf), log.hparams.get('steps', 0)
+    return f'{steps} of {asked} steps' if steps < asked else None
+
+
+def settings(log, hidden=()):
+    """Hyperparameters and SOURCE of a run, without BOOKKEEPING and `hidden`."""
+    shared = log.hparams | {k: log.run[k] for k in SOURCE if k in log.run}
+    hidden = (*BOOKKEEPING, *hidden)
+    return {k: v for k, v in shared.items() if k not in hidden}
+
+
+def group(logs, hidden=()):
+    """Lists of the logs that share experiment and `settings`."""
+    groups = {}
+    for log in logs:
+        row = frozenset(settings(log, hidden).items())
+        groups.setdefault((log.run.get('experiment'), row), []).append(log)
+    return list(groups.values())
+
+
+def differs(log, groups, hidden=()):
+    """'depth 1, steps 400': in what the groups of its experiment differ."""
+    rows = [
+        settings(first, hidden)
+        for first, *_ in groups
+        if first.run.get('experiment') == log.run.get('experiment')
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    here = settings(log)
+    return ', '.join(f'{name} {here.get(name, "-")}' for name in names
+                     if len({row.get(name) for row in rows}) > 1)
+
+
+def lines(logs, *hidden):
+    """Label -> logs that are alike, but for `hidden` and the commit.
+
+    A figure may be recorded bit by bit, so its runs may have several commits.
+    """
+    hidden, found = (*hidden, 'commit'), {}
+    groups = group(logs, hidden)
+    for same in groups:
+        words = str(same[0].run.get('experiment')), differs(
+            same[0], groups, hidden)
+        found[', '.join(filter(None, words))] = same
+    return found
+
+
+def curve(logs, by, x, y):
+    """[(mean x, mean y, standard deviation of y)], for each value of a field.
+
+    Args:
+        by, x, y: fields of `eval` lines if `by` is step, else of the
+            hyperparameters and the final mean. A nan does not count.
+    """
+    values, points = {}, []
+    for log in logs:
+        rows = [log.hparams | log.mean]
+        if by == 'step':  # a resumed run may repeat one: the last line counts
+            rows = {line['step']: line for line in log.evals}.values()
+        for row in rows:
+            if by in row and not math.isnan(row.get(y, math.nan)):
+                values.setdefault(row[by], []).append((row[x], row[y]))
+    for _, pairs in sorted(values.items()):
+        xs, ys = zip(*pairs)
+        std = statistics.stdev(ys) if len(ys) > 1 else 0.0
+        points.append((statistics.fmean(xs), statistics.fmean(ys), std))
+    return points
 
 
 def _commit():

@@ -1,37 +1,37 @@
 """Draws the logs of runs: python mach/main.py --compare LOG... --plot PICTURE
 
 A line is the mean over the runs of one setting, in a band of +- their standard
-deviation (n - 1), as in the table. Of `steps` and `seconds`, the y axis leaves
-out what is far below the second half of the lines. `accuracy` and `rate` leave
-out logs without the hyperparameter of their x axis. matplotlib is optional.
+deviation (n - 1), as in the table. A figure may be recorded bit by bit, so the
+runs of a line may have several commits. matplotlib is optional.
 """
 
 import importlib.util
+import math
 import os
 import pathlib
 
-from mach import groups
+import numpy
 
-EVALS = 'validation accuracy, %', 'eval lines at common steps'
-SWEEP = (f'logs that differ in one of {", ".join(groups.SWEPT)}, and in no '
-         'other setting')
-# Panel -> its x axis, its y axis, and what it needs. '' is what is swept.
-PANELS = dict(
-    steps=('steps (solid: real, dashed: synthetic)', *EVALS),
-    seconds=('seconds (solid: real, dashed: synthetic)', *EVALS),
-    accuracy=('', 'real, % of test images', SWEEP),
-    rate=('', 'rate, steps/s of one MACH', SWEEP),
-    worth=('child (worth: points)', 'mach', 'edge lines, all of one setting'),
-    classes=('class (images)', 'mach', 'shard lines, all of one setting'),
-)
+from mach import metrics
+
+# Hyperparameters that `accuracy` and `rate` are drawn against; units.
+SWEPT = dict(k='MACHs', latency='s', loss_rate='share', skew='Dirichlet')
+EVALS = 'validation accuracy, %', 'eval lines'
+SWEEP = f'logs that differ in one of {", ".join(SWEPT)}'
+# Panel -> its x field, its y fields, its y axis, and what it needs.
+PANELS = dict(steps=('step', 'real synthetic', *EVALS))
+PANELS |= dict(seconds=('seconds', 'real synthetic', *EVALS))
+PANELS |= dict(accuracy=('', 'real', 'real, % of test images', SWEEP))
+PANELS |= dict(rate=('', 'rate', 'rate, steps/s of one MACH', SWEEP))
+PANELS |= dict(worth=('', 'child', 'mach', 'one log with edge lines'))
+PANELS |= dict(classes=('', 'class', 'mach', 'one log with edge lines'))
 SUFFIXES = '.png', '.svg', '.pdf'
 # Okabe and Ito's colours, but yellow: the colour-blind can tell them apart.
 COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #000000 #56B4E9 #E69F00'.split()
 MARKERS, DASHES = 'osD^vPX*', dict(real='-', synthetic='--', rate='-')
 # The legend is below the figure: `tight` makes the picture large enough.
-STYLE = {'font.size': 9, 'axes.titlesize': 9, 'savefig.dpi': 200}
-STYLE |= {'savefig.bbox': 'tight', 'pdf.fonttype': 42}
-STYLE |= {'svg.fonttype': 'none', 'svg.hashsalt': 'mach'}
+STYLE = {'font.size': 9, 'savefig.dpi': 200, 'savefig.bbox': 'tight'}
+STYLE |= {'svg.fonttype': 'none', 'svg.hashsalt': 'mach', 'pdf.fonttype': 42}
 
 
 def obstacle(picture):
@@ -45,49 +45,52 @@ def obstacle(picture):
     return 'it needs matplotlib: pip install matplotlib' if missing else None
 
 
-def draw_curves(axes, curves, labels):
-    """Draws lines in bands; the place in `labels` chooses the colour."""
-    for label, y, points in curves:
-        i, (x, mean, std) = labels.index(label), zip(*points)
-        low, high = zip(*((m - s, m + s) for m, s in zip(mean, std)))
+def draw_curves(axes, panel, logs, swept):
+    """Draws the lines of a panel, each in its band."""
+    x, fields, *_ = PANELS[panel]
+    by, found = 'step', metrics.lines(logs)
+    axes.set(xlabel=f'{panel} (solid: real, dashed: synthetic)')
+    if not x:
+        by, x, found = swept, swept, metrics.lines(logs, swept)
+        values = sorted({one.hparams[x] for one in logs if x in one.hparams})
+        least = min(value for value in values if value > 0)
+        if values[-1] >= 30 * least:  # it spans decades
+            axes.set_xscale('symlog', linthresh=least)
+        axes.set_xticks(values, map('{:g}'.format, values))
+        axes.set(xlabel=f'{x} ({SWEPT[x]})')
+    for i, (label, same) in enumerate(found.items()):
         look = dict(color=COLOURS[i % len(COLOURS)], linewidth=1)
-        axes.fill_between(x, low, high, alpha=0.2, **look)
-        look |= dict(label=label, linestyle=DASHES[y], markersize=4)
-        axes.plot(x, mean, marker=MARKERS[i % len(MARKERS)], **look)
+        for y in fields.split():
+            points = metrics.curve(same, by, x, y)
+            if points:
+                xs, means, stds = numpy.transpose(points)
+                low, high = means - stds, means + stds
+                axes.fill_between(xs, low, high, alpha=0.2, **look)
+                form = MARKERS[i % len(MARKERS)] + DASHES[y]
+                axes.plot(xs, means, form, label=label, **look)
 
 
-def zoom(axes, curves):
-    """Leaves out what is far below the second half of the lines."""
-    ends = [mean for *_, p in curves for _, mean, _ in p[len(p) // 2:]]
-    bottom = min(ends) - (max(ends) - min(ends)) - 1
-    axes.set_ylim(max(bottom, axes.get_ylim()[0]))
-
-
-def set_ticks(axes, curves):
-    """Puts ticks at each x; on a log axis if positive ones span decades."""
-    values = sorted({x for *_, points in curves for x, *_ in points})
-    positive = [x for x in values if x > 0]
-    if positive and max(positive) >= 30 * min(positive):
-        axes.set_xscale('symlog', linthresh=min(positive))
-    axes.set_xticks(values, [f'{x:g}' for x in values])
-    axes.minorticks_off()
-
-
-def draw_table(axes, rows, form):
-    """Draws a matrix, with numbers in the cells of up to 12 MACHs."""
-    cells = [(i, j, x)
-             for i, row in enumerate(rows)
-             for j, x in enumerate(row)
-             if x == x]  # without nan
-    most = max(abs(x) for *_, x in cells)
+def draw_matrix(axes, panel, log):
+    """Draws worth [mach, child] or classes [mach, class] of one log."""
+    rows = [str(shard['classes']).split(',') for shard in log.shards]
+    rows, form = numpy.array(rows, float), '.0f'
+    if panel == 'worth':
+        rows, form = numpy.full((len(rows), len(rows)), math.nan), '.2f'
+        for edge in log.edges:
+            rows[edge['mach'], edge['child']] = edge['worth']
+    most = numpy.nanmax(abs(rows)) or 1
     look = dict(vmin=-most, vmax=most, alpha=0.6, aspect='auto')
     image = axes.imshow(rows, 'PuOr', **look)
+    unit = dict(worth='points', classes='images')[panel]
+    axes.set(title=f'{panel}, {unit}, seed {log.run["seed"]}')
+    axes.set(xlabel=PANELS[panel][1])
     if len(rows) > 12:
         axes.figure.colorbar(image, ax=axes)
         return
-    axes.set(xticks=range(len(rows[0])), yticks=range(len(rows)))
-    for i, j, x in cells:
-        axes.text(j, i, format(x, form), ha='center', va='center', fontsize=6)
+    axes.set(xticks=range(rows.shape[1]), yticks=range(len(rows)))
+    for (i, j), x in numpy.ndenumerate(rows):
+        text = '' if math.isnan(x) else format(x, form)
+        axes.text(j, i, text, ha='center', va='center', fontsize=6)
 
 
 def make_figure(logs, panels=None):
@@ -101,30 +104,31 @@ def make_figure(logs, panels=None):
         ValueError: a panel does not apply.
     """
     from matplotlib import figure  # pylint: disable=import-outside-toplevel
-    (curves, swept), (tables, note) = groups.curves(logs), groups.tables(logs)
-    shown = [panel for panel in PANELS if panel in curves | tables]
-    for panel in panels or ():
-        if panel not in shown:
+    varying = [
+        name for name in SWEPT for same in metrics.lines(logs, name).values()
+        if len({log.hparams.get(name) for log in same} - {None}) > 1
+    ]
+    applies = dict.fromkeys(('steps', 'seconds'), any(x.evals for x in logs))
+    applies |= dict.fromkeys(('accuracy', 'rate'), varying)
+    matrix = len(logs) == 1 and logs[0].edges and logs[0].shards
+    applies |= dict.fromkeys(('worth', 'classes'), matrix)
+    shown = list(dict.fromkeys(panels or filter(applies.get, PANELS)))
+    for panel in shown:
+        if not applies[panel]:
             raise ValueError(f'panel {panel} needs {PANELS[panel][-1]}')
-    shown = list(dict.fromkeys(panels or shown))
     if not shown:
         raise ValueError('no panel applies to the logs that count')
     # Two panels share a row; a last one has the whole row.
     rows = [(shown[i:i + 2] * 2)[:2] for i in range(0, len(shown), 2)]
     whole = figure.Figure((7, 2.8 * len(rows)), layout='constrained')
-    labels = [one[0] for panel in shown for one in curves.get(panel, ())]
-    labels, handles = list(dict.fromkeys(labels)), {}
+    handles = {}
     for panel, axes in whole.subplot_mosaic(rows).items():
-        x, y, _ = PANELS[panel]
-        axes.set(xlabel=x or groups.SWEPT[swept], ylabel=y)
-        if panel in tables:
-            axes.set(title=f'{panel}, {note}')
-            draw_table(axes, tables[panel], '.2f' if panel == 'worth' else 'd')
+        axes.set(ylabel=PANELS[panel][2])
+        if panel in ('worth', 'classes'):
+            draw_matrix(axes, panel, logs[0])
         else:
-            draw_curves(axes, curves[panel], labels)
-            (zoom if x else set_ticks)(axes, curves[panel])
-        for line in axes.lines:
-            handles.setdefault(line.get_label(), line)
+            draw_curves(axes, panel, logs, (varying or [None])[0])
+        handles |= {line.get_label(): line for line in reversed(axes.lines)}
     if handles:
         whole.legend(handles.values(), handles, bbox_to_anchor=(0, 0), loc=2)
     return whole

@@ -12,7 +12,7 @@ import types
 import pytest
 
 import conftest
-from mach import figures, main
+from mach import main
 
 MAIN = str(conftest.ROOT / 'mach' / 'main.py')
 # An experiment that prints a log without training. It refuses a k above 9.
@@ -100,7 +100,7 @@ def disturb(body, act):
 
 
 def test_hyperparameters_are_found_in_the_text():
-    for name in figures.EXPERIMENTS:
+    for name in main.EXPERIMENTS:
         settings = conftest.load_main(name).Hyperparameters
         names = [field.name for field in dataclasses.fields(settings)]
         assert main.find(name) == (conftest.ROOT / name / 'main.py', names)
@@ -143,10 +143,10 @@ def test_a_figure_runs_what_is_missing_alone(tmp_path):
     assert '-> l/' not in err  # there already
 
 
-def test_figures_consist_of_hyperparameters_that_exist():
-    for experiments, values in figures.FIGURES.values():
-        known = [set(main.find(name)[1]) for name in experiments]
-        assert set(values) <= set().union(*known)
+@pytest.mark.parametrize('figure', main.FIGURES)
+def test_figures_consist_of_hyperparameters_that_exist(figure):
+    _, chosen, given = main.read_words(['--record', figure])
+    assert set(given) <= set().union(*chosen.values())
 
 
 def test_seeds_and_isolated_have_files_of_their_own():
