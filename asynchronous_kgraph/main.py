@@ -8,7 +8,7 @@ asynchronous_sequence: Spikes and Grads travel in cycles, until `depth` is 0.
     torchrun --nproc-per-node 5 asynchronous_kgraph/main.py
 
 Expect, mean of 5 MACHs, real 98.64 ± 0.05, synthetic 98.36 ± 0.05 (mean and
-deviation over 3 seeds; isolated 97.39) in 95 s of training on two cores, bf16.
+deviation over 3 seeds; isolated 97.44) in 97 s of training on two cores, bf16.
 """
 
 import os
