@@ -427,9 +427,11 @@ def torchrun(path, *words, experiment=EXPERIMENT, count=3, restarts=0):
                 with open(f'/proc/{folder}/environ', encoding='utf-8') as file:
                     names = f'\0{file.read()}'
                 wanted = f'\0MASTER_PORT={port}\0', f'\0RANK={rank}'
+                with open(f'/proc/{folder}/stat', encoding='utf-8') as file:
+                    started = int(file.read().rsplit(')')[-1].split()[19])
                 if all(name in names for name in wanted):
-                    found.append(int(folder))
-        return sorted(found)
+                    found.append((started, int(folder)))
+        return [number for _, number in sorted(found)]  # numbers start again
 
     words = [*conftest.TINY[:3], '--log_every=5', '--k=3', *words]
     with conftest.running(path, experiment, *words, prefix=prefix) as process:
