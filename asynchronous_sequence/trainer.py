@@ -7,9 +7,11 @@ The staleness of a Grad is the number of steps by which it is late.
 Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 neither many Grads nor large ones outweigh the own data, on any schedule.
 
+Where not all MACHs are neighbours, Grads go on to the children's children. So
+MACHs learn from labels far away, and students about images far away.
+
 The more MACHs, the smaller the shards. Beyond 5 MACHs, a MACH learns some own
-rows from its children's answers alone, and its student asks more often about
-any rows that it sees, those of other MACHs too.
+rows from its children's answers alone.
 
 A finished MACH has a learning rate of 0. It goes on answering Spikes, and sends
 Grads while a child still learns.
@@ -63,7 +65,16 @@ class Trainer:
         self._prior = make_prior(batches.classes, settings)
         many = max(0.0, 1 - 5 / settings.k)  # 0 up to 5 MACHs, below 1
         self._alone = settings.alone * many  # share of own rows
-        self._any_rows_every = round(settings.any_rows_every / (1 + many))
+        # Edges that a Grad may travel. One reaches all, if all are neighbours.
+        self._edges = settings.grad_depth
+        if self.exchange.locked:
+            self._edges = settings.depth  # exact gradients
+        elif len(children) == settings.k - 1:
+            self._edges = min(1, settings.grad_depth)
+        # Where Grads go on, Spikes are about rows of others anyway. A step then
+        # takes twice as many Grads. So each has fewer rows, if MACHs are many.
+        self._any_rows_every = settings.any_rows_every * (self._edges < 2)
+        self._share = settings.share / (1 + many * (self._edges > 1))
 
     @property
     def steps_taken(self):
@@ -220,42 +231,58 @@ class Trainer:
         self.tally.lesson(loss)
 
     def _tell_children(self, own, served, taken, gradient):
-        """Sends Grads as far as they may travel, and a Spike.
+        """Sends each child a Grad, and a Spike about the same rows.
 
-        Only the own rows with the largest gradients go (`share`). The rest
-        would cost the children as much and teach them little. The Spike is
-        about the same rows, which children answer at no cost. In every fourth
-        step (`any_rows_every`) it is about any rows of this step.
+        Children answer such a Spike at no cost. Where no Grads go on, every
+        fourth Spike (`any_rows_every`) is about any rows of the step instead.
+        But a locked MACH sends all gradients on in the same step, so that they
+        are exact.
 
         Args:
             served: the Blocks with Grads.
             taken: all Blocks of this step, but the own.
             gradient: [R, C, E], of the Blocks' inputs; own rows come first.
         """
-        depth = self.settings.depth
-        first, *parts = split(gradient, [own, *served])
-        if own.key is None:
-            rows = math.ceil(self.settings.share * len(own.x))
-            norms = vector_norm(first.flatten(1), dim=1)
-            largest = norms.topk(rows).indices
-            first, sent = first[largest], own.x[largest]
-            every = self._any_rows_every
-            if every and self.steps_taken % every == 0:
-                question = self._draw_question([own, *taken], rows)
-                self.exchange.ask(question, max(0, depth - 1))
-                own = Block(sent)
-            else:
-                own = self.exchange.ask(sent, max(0, depth - 1))
-        self.exchange.send_grads(own, first, depth)
-        for block, part in zip(served, parts):
-            self.exchange.send_grads(block, part, block.grad.depth)
+        parts = split(gradient, [own, *served])
+        depths = [self._edges, *(block.grad.depth for block in served)]
+        if own.key:  # locked
+            for block, part, depth in zip([own, *served], parts, depths):
+                self.exchange.send_grads(block, part, depth)
+            return
+        x, part, depth = self._choose_rows([own, *served], parts, depths)
+        block, every = Block(x), self._any_rows_every
+        if every and self.steps_taken % every == 0:
+            x = self._draw_question([own, *taken], len(x))
+        asked = self.exchange.ask(x, max(0, self.settings.depth - 1))
+        if x is block.x:  # then the Grad has the key of the Spike
+            block = asked
+        self.exchange.send_grads(block, part, depth)
+
+    def _choose_rows(self, blocks, parts, depths):
+        """x [N, 784], gradient [N, C, E] and depth of the next Grad.
+
+        In turn, step by step, it is about own rows, rows of Grads that have
+        travelled one edge, two edges, and so on. Only the rows with the largest
+        gradients go (`share`). The rest would cost the children as much and
+        teach them little.
+        """
+        depth = self._edges - self.steps_taken % max(1, self._edges)
+        if depth not in depths:
+            depth = self._edges  # own rows
+        turn = [i for i, left in enumerate(depths) if left == depth]
+        x = torch.cat([blocks[i].x for i in turn])
+        part = torch.cat([parts[i] for i in turn])
+        rows = math.ceil(self._share * len(blocks[0].x))
+        norms = vector_norm(part.flatten(1), dim=1)
+        largest = norms.topk(min(rows, len(x))).indices
+        return x[largest], part[largest], depth
 
     def _draw_question(self, blocks, rows):
-        """x [rows, 784] of the next Spike: rows of any Blocks of this step.
+        """x [rows, 784] of a Spike: rows of any Blocks of this step.
 
-        A student needs no labels. So it can learn about images of other MACHs,
-        even of those beyond the neighbours (Beyer et al. 2021, arXiv
-        2106.05237, section 3, on what a student should see).
+        A student needs no labels. So it can learn about images of other MACHs
+        (Beyer et al. 2021, arXiv 2106.05237, section 3, on what a student
+        should see).
         """
         x, generator = torch.cat([b.x for b in blocks]), torch.Generator()
         generator.manual_seed(

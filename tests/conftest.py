@@ -109,6 +109,7 @@ def make_settings(**overrides):
                   jitter=0.0,
                   share=1.0,
                   grad_weight=1.0,
+                  grad_depth=2,
                   any_rows_every=0,
                   learning_rate=0.05,
                   student_learning_rate=0.05,

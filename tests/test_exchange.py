@@ -120,26 +120,51 @@ def test_spikes_go_as_deep_as_they_say(folder, depth):
     assert torch.allclose(answer.value, expected)
 
 
-@both_inputs
-@pytest.mark.parametrize('depth', [0, 1, 3])
-def test_grads_and_own_messages_go_as_deep_as_they_say(folder, depth, inputs):
-    trainer, sinks, tell = make_lone(folder, (0, 1), depth=depth, inputs=inputs)
-    expected = {7 + depth: depth}  # rows -> depth
-    if depth:
-        expected |= {4: depth - 1, 6 + depth: depth - 1}
-    for left in (depth, depth + 1):
+@pytest.mark.parametrize('depth', [1, 3])
+def test_a_locked_mach_sends_all_gradients_on_at_once(folder, depth):
+    trainer, sinks, tell = make_lone(folder, (0, 1), depth=depth, inputs='real')
+    for left in (depth - 1, depth):
         rows = 6 + left
         tell('Grad', (9, left), 9, draw(1, rows), draw(2, rows, WIDTH), 0, left)
     trainer.step(lambda: True)
+    expected = {4: depth - 1, 6 + depth: depth - 1}  # rows -> depth
+    if depth > 1:
+        expected |= {5 + depth: depth - 2}
     for child in (0, 1):
         spike, = sinks[child].take('Spike')
-        assert spike.depth == max(0, depth - 1)
+        assert spike.depth == depth - 1
         sent = {len(grad.x): grad for grad in sinks[child].take('Grad')}
         assert {rows: grad.depth for rows, grad in sent.items()} == expected
         keys = {grad.key for grad in sent.values() if grad.key[0] == 5}
         assert len(keys) == len(expected), 'each has a new key'
-        if depth:  # they share a forward
-            assert spike.key == sent[4].key and torch.equal(spike.x, sent[4].x)
+        assert spike.key == sent[4].key and torch.equal(spike.x, sent[4].x)
+
+
+@pytest.mark.parametrize('k, grad_depth, edges',
+                         [(5, 0, 0), (5, 1, 1), (5, 3, 3), (3, 0, 0),
+                          (3, 3, 1)])
+def test_grads_take_turns_by_the_edges_behind_them(folder, k, grad_depth,
+                                                   edges):
+    """One about own rows, then about others'; one edge if k - 1 are children.
+
+    A Spike is about the same rows, so they share a forward.
+    """
+    trainer, sinks, tell = make_lone(folder, (0, 1), k=k, grad_depth=grad_depth)
+    others = {left: draw(left, 9 + left) for left in range(edges)}
+    for left, x in others.items():
+        tell('Grad', (9, left), 9, x, draw(9, len(x), WIDTH), 0, left)
+    for step in range(2 * max(1, edges)):
+        trainer.step()
+        left = edges - step % max(1, edges)
+        source = others.get(left, trainer.batches.taken[-1][0])
+        for child in (0, 1):
+            spike, = sinks[child].take('Spike')
+            assert len(spike.x) == 4 and spike.depth == 1
+            assert all((source == row).all(1).any() for row in spike.x)
+            grads = sinks[child].take('Grad')
+            found = [(one.key, one.depth) for one in grads]
+            assert found == [(spike.key, left - 1)] * (edges > 0)
+            assert all(torch.equal(one.x, spike.x) for one in grads)
 
 
 # ------------------------------------------------------ what a step may take

@@ -381,7 +381,8 @@ BAD_VALUES = dict(line.strip().split(maxsplit=1) for line in """
     log_every 0; evaluate_every -5; validation 9 50001; k 0 -3 three 1001;
     hidden 1 1000000000000; student_hidden 0; embedding 0; depth -1 1000000;
     dry_run maybe; edges 1; skew 0 nan; prior -0.5; alone 1.5;
-    any_rows_every -1 2.5; connected 0; shards some; inputs maybe; precision bf fp8;
+    any_rows_every -1 2.5; grad_depth -1; connected 0; shards some; inputs no;
+    precision bf fp8;
     learning_rate fast nan inf 1e999 -0.1 -1e-3 -.5; weight_decay nan;
     student_learning_rate -1e-3; warmup 1 -.5; dropout 1.0; label_smoothing 1.5;
     grad_weight -1; delay -1; deadline 0; share 0 1.1; latency -1; jitter nan;
