@@ -8,10 +8,8 @@ Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 neither many Grads nor large ones outweigh the own data, on any schedule.
 
 Where not all MACHs are neighbours, Grads go on to the children's children. So
-MACHs learn from labels far away, and students about images far away.
-
-The more MACHs, the smaller the shards. Beyond 5 MACHs, a MACH learns some own
-rows from its children's answers alone.
+labels far away count too. The more MACHs, the smaller the shards. Beyond 5
+MACHs, a MACH learns some own rows from its children's answers alone.
 
 A finished MACH has a learning rate of 0. It goes on answering Spikes, and sends
 Grads while a child still learns.
@@ -65,14 +63,13 @@ class Trainer:
         self._prior = make_prior(batches.classes, settings)
         many = max(0.0, 1 - 5 / settings.k)  # 0 up to 5 MACHs, below 1
         self._alone = settings.alone * many  # share of own rows
-        # Edges that a Grad may travel. One reaches all, if all are neighbours.
-        self._edges = settings.grad_depth
+        self._edges = settings.grad_depth  # that a Grad may travel
         if self.exchange.locked:
-            self._edges = settings.depth  # exact gradients
-        elif len(children) == settings.k - 1:
+            self._edges = settings.depth  # then gradients are exact
+        elif len(children) == settings.k - 1:  # one edge reaches all
             self._edges = min(1, settings.grad_depth)
-        # Where Grads go on, Spikes are about rows of others anyway. A step then
-        # takes twice as many Grads. So each has fewer rows, if MACHs are many.
+        # Where Grads go on, Spikes are about rows of others anyway, and a step
+        # takes more Grads. So each has fewer rows, if MACHs are many.
         self._any_rows_every = settings.any_rows_every * (self._edges < 2)
         self._share = settings.share / (1 + many * (self._edges > 1))
 
@@ -235,54 +232,51 @@ class Trainer:
 
         Children answer such a Spike at no cost. Where no Grads go on, every
         fourth Spike (`any_rows_every`) is about any rows of the step instead.
-        But a locked MACH sends all gradients on in the same step, so that they
-        are exact.
+        A locked MACH sends all gradients on at once, so that they are exact.
 
         Args:
             served: the Blocks with Grads.
             taken: all Blocks of this step, but the own.
             gradient: [R, C, E], of the Blocks' inputs; own rows come first.
         """
-        parts = split(gradient, [own, *served])
+        blocks, every = [own, *served], self._any_rows_every
         depths = [self._edges, *(block.grad.depth for block in served)]
         if own.key:  # locked
-            for block, part, depth in zip([own, *served], parts, depths):
-                self.exchange.send_grads(block, part, depth)
+            for sent in zip(blocks, split(gradient, blocks), depths):
+                self.exchange.send_grads(*sent)
             return
-        x, part, depth = self._choose_rows([own, *served], parts, depths)
-        block, every = Block(x), self._any_rows_every
+        block, gradient, depth = self._choose_rows(blocks, gradient, depths)
+        x = block.x
         if every and self.steps_taken % every == 0:
             x = self._draw_question([own, *taken], len(x))
         asked = self.exchange.ask(x, max(0, self.settings.depth - 1))
-        if x is block.x:  # then the Grad has the key of the Spike
-            block = asked
-        self.exchange.send_grads(block, part, depth)
+        block.key = asked.key if x is block.x else None
+        self.exchange.send_grads(block, gradient, depth)
 
-    def _choose_rows(self, blocks, parts, depths):
-        """x [N, 784], gradient [N, C, E] and depth of the next Grad.
+    def _choose_rows(self, blocks, gradient, depths):
+        """The Block [N, 784], gradient [N, C, E] and depth of the next Grad.
 
         In turn, step by step, it is about own rows, rows of Grads that have
         travelled one edge, two edges, and so on. Only the rows with the largest
         gradients go (`share`). The rest would cost the children as much and
         teach them little.
         """
-        depth = self._edges - self.steps_taken % max(1, self._edges)
-        if depth not in depths:
-            depth = self._edges  # own rows
-        turn = [i for i, left in enumerate(depths) if left == depth]
-        x = torch.cat([blocks[i].x for i in turn])
-        part = torch.cat([parts[i] for i in turn])
+        turn = self._edges - self.steps_taken % max(1, self._edges)
+        depth = turn if turn in depths else self._edges
+        chosen = [i for i, left in enumerate(depths) if left == depth]
+        parts = split(gradient, blocks)
+        x = torch.cat([blocks[i].x for i in chosen])
+        part = torch.cat([parts[i] for i in chosen])
         rows = math.ceil(self._share * len(blocks[0].x))
         norms = vector_norm(part.flatten(1), dim=1)
         largest = norms.topk(min(rows, len(x))).indices
-        return x[largest], part[largest], depth
+        return Block(x[largest]), part[largest], depth
 
     def _draw_question(self, blocks, rows):
         """x [rows, 784] of a Spike: rows of any Blocks of this step.
 
-        A student needs no labels. So it can learn about images of other MACHs
-        (Beyer et al. 2021, arXiv 2106.05237, section 3, on what a student
-        should see).
+        A student needs no labels (Beyer et al. 2021, arXiv 2106.05237, section
+        3). So it learns about images of other MACHs too.
         """
         x, generator = torch.cat([b.x for b in blocks]), torch.Generator()
         generator.manual_seed(
