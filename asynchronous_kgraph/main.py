@@ -2,7 +2,7 @@
 
 The main experiment. A MACH sees only the labels of its own fifth of MNIST. It
 learns about the rest from its neighbours' messages. Differs from
-asynchronous_sequence: Spikes and Grads travel in cycles, until `depth` is 0.
+asynchronous_sequence: Spikes and Grads travel in cycles, a few edges far.
 
     python asynchronous_kgraph/main.py
     torchrun --nproc-per-node 5 asynchronous_kgraph/main.py
