@@ -77,14 +77,15 @@ def main():
     parser.add_argument('--steps', type=int, default=1000)
     parser.add_argument('--batch_size', type=int, default=32)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
-    parser.add_argument('--depth', type=int, nargs='+', default=[1])
+    parser.add_argument('--grad_depth', type=int, nargs='+', default=[2])
     parser.add_argument('--data',
                         default=str(conftest.DATA or conftest.ROOT / 'data'),
                         help='folder of the MNIST files')
     words = parser.parse_args()
     times = time_steps(words.k, words.batch_size, words.data)
     runs = [('isolated', dict(connected=False))]
-    runs += [(f'depth {depth}', dict(depth=depth)) for depth in words.depth]
+    runs += [(f'Grads over {edges} edges', dict(grad_depth=edges))
+             for edges in words.grad_depth]
     jobs = {
         (k, name, seed):
             dict(k=k, steps=words.steps, batch_size=words.batch_size) |
