@@ -18,6 +18,7 @@ import time
 
 import torch
 from link import Answer, Grad, Mailbox, Spike, is_finite
+from torch.linalg import vector_norm
 
 KEPT = 32  # most messages of a kind, sender and depth; then the oldest goes
 PENDING = 1024  # most open questions; then the oldest is discarded
@@ -210,6 +211,33 @@ class Exchange:
         for i, way in self.links.items():
             tally.dropped += way.dropped
             tally.lost_to[i] = tally.lost_to.get(i, 0) + way.lost
+
+
+def choose_rows(sent, depth, rows):
+    """The Block [N, 784], gradient [N, C, E] and depth of a Grad.
+
+    It is about the rows with the largest gradients. The rest would cost the
+    children as much and teach them little.
+
+    Args:
+        sent: (Block [B, 784], gradient [B, C, E], depth) of all rows.
+        depth: of the rows to choose from; if there are none, of the first.
+        rows: most rows of the Grad.
+    """
+    if all(left != depth for *_, left in sent):
+        depth = sent[0][2]
+    chosen = [(block.x, part) for block, part, left in sent if left == depth]
+    x, gradient = map(torch.cat, zip(*chosen))
+    norms = vector_norm(gradient.flatten(1), dim=1)
+    largest = norms.topk(min(rows, len(x))).indices
+    return Block(x[largest]), gradient[largest], depth
+
+
+def draw_rows(blocks, rows, seeds):
+    """x [rows, 784]: rows of any Blocks, drawn by the seeds."""
+    x, generator = torch.cat([block.x for block in blocks]), torch.Generator()
+    generator.manual_seed(hash(seeds))
+    return x[torch.randperm(len(x), generator=generator)[:rows]]
 
 
 def split(tensor, blocks):

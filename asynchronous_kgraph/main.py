@@ -2,7 +2,7 @@
 
 The main experiment. A MACH sees only the labels of its own fifth of MNIST. It
 learns about the rest from its neighbours' messages. Differs from
-asynchronous_sequence: Spikes and Grads travel in cycles, a few edges far.
+asynchronous_sequence: Spikes and Grads travel in cycles, over a few edges.
 
     python asynchronous_kgraph/main.py
     torchrun --nproc-per-node 5 asynchronous_kgraph/main.py
@@ -88,12 +88,12 @@ class Hyperparameters:
     k: int = hparam(5, 'MACHs; 1: one MACH on all the data', 1, 1000)
     connected: bool = hparam(True, 'False: no edges', 'False', 'True')
     neighbours: int = hparam(0, 'children of each MACH; 0: all', 0, 999)
-    depth: int = hparam(1, 'edges a Spike may travel', 0, 100)
-    grad_depth: int = hparam(2, 'of a Grad; if all are children: 1', 0, 100)
+    depth: int = hparam(1, 'edges of a Spike', 0, 100)
+    grad_depth: int = hparam(2, 'of a Grad; real inputs: depth', 0, 100)
     any_rows_every: int = hparam(4, 'steps, if no Grads go on', 0, 10**9)
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
     deadline: float = hparam(1.0, 'seconds to wait for real inputs', 0.001, 1e6)
-    share: float = hparam(0.25, 'of own rows that children get', 0.001, 1)
+    share: float = hparam(0.25, 'of a batch, rows of a Grad', 0.001, 1)
     grad_weight: float = hparam(0.5, 'norm of a Grad, in own gradients', 0, 1e6)
     # Processes; torchrun says how many.
     hosts: str = hparam('', 'a,b: hosts of the processes; empty: this one')

@@ -86,12 +86,12 @@ class Hyperparameters:
     # Graph and messages.
     k: int = hparam(3, 'MACHs; 1: one MACH on all the data', 1, 1000)
     connected: bool = hparam(True, 'False: no edges', 'False', 'True')
-    depth: int = hparam(2, 'edges a Spike may travel', 0, 100)
-    grad_depth: int = hparam(2, 'of a Grad; if all are children: 1', 0, 100)
+    depth: int = hparam(2, 'edges of a Spike', 0, 100)
+    grad_depth: int = hparam(2, 'of a Grad; real inputs: depth', 0, 100)
     any_rows_every: int = hparam(4, 'steps, if no Grads go on', 0, 10**9)
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
     deadline: float = hparam(1.0, 'seconds to wait for real inputs', 0.001, 1e6)
-    share: float = hparam(0.25, 'of own rows that children get', 0.001, 1)
+    share: float = hparam(0.25, 'of a batch, rows of a Grad', 0.001, 1)
     grad_weight: float = hparam(0.25, 'norm of a Grad, in own gradients', 0,
                                 1e6)
     # Processes; torchrun says how many.

@@ -5,10 +5,10 @@ Spikes, and in the same backward it applies Grads, with its current parameters.
 The staleness of a Grad is the number of steps by which it is late.
 
 Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
-neither many Grads nor large ones outweigh the own data, on any schedule.
+no Grad outweighs the own data, however large it is, on any schedule.
 
-Where not all MACHs are neighbours, Grads go on to the children's children. So
-labels far away count too. The more MACHs, the smaller the shards. Beyond 5
+Where a MACH's children are not all other MACHs, Grads go on to their children.
+So labels far away count too. The more MACHs, the smaller the shards. Beyond 5
 MACHs, a MACH learns some own rows from its children's answers alone.
 
 A finished MACH has a learning rate of 0. It goes on answering Spikes, and sends
@@ -16,12 +16,13 @@ Grads while a child still learns.
 """
 
 import copy
+import itertools
 import math
 import typing
 
 import student as students
 import torch
-from exchange import Block, Exchange, split
+from exchange import Block, Exchange, choose_rows, draw_rows, split
 from torch import nn
 from torch.linalg import vector_norm
 from torch.nn import functional
@@ -68,10 +69,11 @@ class Trainer:
             self._edges = settings.depth  # then gradients are exact
         elif len(children) == settings.k - 1:  # one edge reaches all
             self._edges = min(1, settings.grad_depth)
-        # Where Grads go on, Spikes are about rows of others anyway, and a step
+        # Where Grads go on, Spikes are about rows of others too, and a step
         # takes more Grads. So each has fewer rows, if MACHs are many.
         self._any_rows_every = settings.any_rows_every * (self._edges < 2)
         self._share = settings.share / (1 + many * (self._edges > 1))
+        self._turns = itertools.count()  # also when it has finished
 
     @property
     def steps_taken(self):
@@ -230,8 +232,13 @@ class Trainer:
     def _tell_children(self, own, served, taken, gradient):
         """Sends each child a Grad, and a Spike about the same rows.
 
-        Children answer such a Spike at no cost. Where no Grads go on, every
-        fourth Spike (`any_rows_every`) is about any rows of the step instead.
+        In turn these are own rows, rows of Grads that have travelled one edge,
+        two edges, and so on; without such Grads, own rows. Children answer such
+        a Spike at no cost. Where no Grads go on, every fourth Spike
+        (`any_rows_every`) is about any rows of the step instead. A student
+        needs no labels (Beyer et al. 2021, arXiv 2106.05237, section 3). So it
+        learns about images of other MACHs.
+
         A locked MACH sends all gradients on at once, so that they are exact.
 
         Args:
@@ -239,49 +246,25 @@ class Trainer:
             taken: all Blocks of this step, but the own.
             gradient: [R, C, E], of the Blocks' inputs; own rows come first.
         """
-        blocks, every = [own, *served], self._any_rows_every
         depths = [self._edges, *(block.grad.depth for block in served)]
-        if own.key:  # locked
-            for sent in zip(blocks, split(gradient, blocks), depths):
-                self.exchange.send_grads(*sent)
+        parts = split(gradient, [own, *served])
+        sent = list(zip([own, *served], parts, depths))
+        depth = max(0, self.settings.depth - 1)  # of a Spike
+        if self.exchange.locked:
+            own.key = own.key or self.exchange.ask(own.x, depth).key
+            for one in sent:
+                self.exchange.send_grads(*one)
             return
-        block, gradient, depth = self._choose_rows(blocks, gradient, depths)
-        x = block.x
-        if every and self.steps_taken % every == 0:
-            x = self._draw_question([own, *taken], len(x))
-        asked = self.exchange.ask(x, max(0, self.settings.depth - 1))
-        block.key = asked.key if x is block.x else None
-        self.exchange.send_grads(block, gradient, depth)
-
-    def _choose_rows(self, blocks, gradient, depths):
-        """The Block [N, 784], gradient [N, C, E] and depth of the next Grad.
-
-        In turn, step by step, it is about own rows, rows of Grads that have
-        travelled one edge, two edges, and so on. Only the rows with the largest
-        gradients go (`share`). The rest would cost the children as much and
-        teach them little.
-        """
-        turn = self._edges - self.steps_taken % max(1, self._edges)
-        depth = turn if turn in depths else self._edges
-        chosen = [i for i, left in enumerate(depths) if left == depth]
-        parts = split(gradient, blocks)
-        x = torch.cat([blocks[i].x for i in chosen])
-        part = torch.cat([parts[i] for i in chosen])
-        rows = math.ceil(self._share * len(blocks[0].x))
-        norms = vector_norm(part.flatten(1), dim=1)
-        largest = norms.topk(min(rows, len(x))).indices
-        return Block(x[largest]), part[largest], depth
-
-    def _draw_question(self, blocks, rows):
-        """x [rows, 784] of a Spike: rows of any Blocks of this step.
-
-        A student needs no labels (Beyer et al. 2021, arXiv 2106.05237, section
-        3). So it learns about images of other MACHs too.
-        """
-        x, generator = torch.cat([b.x for b in blocks]), torch.Generator()
-        generator.manual_seed(
-            hash((self.settings.seed, self.index, self.steps_taken, 2)))
-        return x[torch.randperm(len(x), generator=generator)[:rows]]
+        turn, every = next(self._turns), self._any_rows_every
+        rows = math.ceil(self._share * len(own.x))
+        left = self._edges - turn % max(1, self._edges)
+        block, *part = choose_rows(sent, left, rows)
+        if every and turn % every == 0:
+            seeds = self.settings.seed, self.index, self.steps_taken, 2
+            self.exchange.ask(draw_rows([own, *taken], rows, seeds), depth)
+        else:
+            block = self.exchange.ask(block.x, depth)
+        self.exchange.send_grads(block, *part)
 
     # ------------------------------------------------- snapshots, checkpoints
 

@@ -121,12 +121,15 @@ def test_spikes_go_as_deep_as_they_say(folder, depth):
 
 
 @pytest.mark.parametrize('depth', [1, 3])
-def test_a_locked_mach_sends_all_gradients_on_at_once(folder, depth):
+@pytest.mark.parametrize('finished', [False, True])
+def test_a_locked_mach_sends_all_gradients_on_at_once(folder, depth, finished):
     trainer, sinks, tell = make_lone(folder, (0, 1), depth=depth, inputs='real')
+    if finished:
+        trainer.settings.steps = 0
     for left in (depth - 1, depth):
         rows = 6 + left
         tell('Grad', (9, left), 9, draw(1, rows), draw(2, rows, WIDTH), 0, left)
-    trainer.step(lambda: True)
+    trainer.serve(0.0) if finished else trainer.step(lambda: True)
     expected = {4: depth - 1, 6 + depth: depth - 1}  # rows -> depth
     if depth > 1:
         expected |= {5 + depth: depth - 2}

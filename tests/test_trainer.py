@@ -1,6 +1,7 @@
 """How a MACH learns: exact gradients, lanes, rescaling, cycle, one owner."""
 
 import collections
+import itertools
 import math
 import queue
 import random
@@ -284,7 +285,7 @@ def test_fused_equals_separate(folder, children, order, turn, still, tripled):
     and in the next turn those of the Grad that has depth left.
     """
     trainer, sinks, tell = make_lone(folder, children, grad_weight=2.0)
-    trainer.tally.steps = turn
+    trainer._turns = itertools.count(turn)
     network, asked, late = trainer.network, draw(1, 3), draw(2, 5)
     pulls, forwards = [1e15 * draw(3, 3, WIDTH), draw(4, 5, WIDTH)], []
     network.local.register_forward_hook(lambda _, x, __: forwards.append(x[0]))
@@ -357,6 +358,47 @@ def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
     for k, share in (5, 0.0), (10, 0.1), (1000, 0.199):
         one, *_ = make_lone(folder, k=k, alone=0.2)
         assert one._alone == pytest.approx(share)
+
+
+@asynchronous
+@pytest.mark.parametrize('grad_depth', [1, 2])
+def test_labels_count_over_two_edges(folder, grad_depth):
+    """If Grads go on, the labels of MACH 2 change the child of its child."""
+
+    def last(shift):
+        run = make_all(folder, [[], [0], [1]], grad_depth=grad_depth, k=9)
+        run.trainers[2].batches.shift = shift
+        for trainer in 3 * run.trainers:  # 2 sends, 1 sends on, 0 applies
+            trainer.step()
+        return [weights(network) for network in run.networks]
+
+    same = [torch.equal(*both) for both in zip(last(0), last(1))]
+    assert same == [grad_depth == 1, False, False]
+
+
+@asynchronous
+@pytest.mark.parametrize('k, grad_depth, rows', [(5, 2, 10), (10, 2, 7),
+                                                 (10, 1, 10), (1000, 2, 6)])
+def test_with_many_machs_a_grad_that_may_go_on_has_fewer_rows(
+        folder, k, grad_depth, rows):
+    names = dict(k=k, grad_depth=grad_depth, share=0.25, alone=0.0)
+    trainer, sinks, _ = make_lone(folder, **names)
+    trainer.batches = conftest.Batches(7, 40)
+    trainer.step()
+    grad, = sinks[0].take('Grad')
+    assert len(grad.x) == rows
+
+
+@asynchronous
+def test_a_finished_mach_goes_on_in_turn(folder):
+    trainer, sinks, tell = make_lone(folder, steps=1)
+    tell('Grad', (9, 1), 9, draw(1), draw(2, 4, WIDTH), 0, 1)
+    trainer.step()
+    for i in range(4):
+        tell('Answer', (5, i), 0, draw(3, 4, WIDTH), 0, 1)
+        trainer.serve(0.0)
+    depths = [grad.depth for grad in sinks[0].take('Grad')]
+    assert depths == [1, 0, 1, 0, 1]
 
 
 @asynchronous
