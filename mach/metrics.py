@@ -319,8 +319,14 @@ def lines(logs, *hidden):
     """Label -> logs that are alike, but for `hidden` and the commit.
 
     A figure may be recorded bit by bit, so its runs may have several commits.
+    Hyperparameters that the code of some runs did not have are ignored too.
     """
-    hidden, found = (*hidden, 'commit'), {}
+    names, found = {}, {}  # experiment -> a set for each log
+    for log in logs:
+        of = names.setdefault(log.run.get('experiment'), [])
+        of.append(set(log.hparams))
+    partial = (set.union(*of) - set.intersection(*of) for of in names.values())
+    hidden = (*hidden, 'commit', *set().union(*partial))
     groups = group(logs, hidden)
     for same in groups:
         words = str(same[0].run.get('experiment')), differs(
@@ -334,11 +340,14 @@ def curve(logs, by, x, y):
 
     Args:
         by, x, y: fields of `eval` lines if `by` is step, else of the
-            hyperparameters and the final mean. A nan does not count.
+            hyperparameters and the final mean; the rate is that of the slowest
+            MACH. A nan does not count.
     """
     values, points = {}, []
     for log in logs:
-        rows = [log.hparams | log.mean]
+        rates = [final['rate'] for final in log.finals if 'rate' in final]
+        slowest = dict(rate=min(rates, default=math.nan))
+        rows = [log.hparams | log.mean | slowest]
         if by == 'step':  # a resumed run may repeat one: the last line counts
             rows = {line['step']: line for line in log.evals}.values()
         for row in rows:

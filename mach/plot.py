@@ -22,7 +22,7 @@ SWEEP = f'logs that differ in one of {", ".join(SWEPT)}'
 PANELS = dict(steps=('step', 'real synthetic', *EVALS))
 PANELS |= dict(seconds=('seconds', 'real synthetic', *EVALS))
 PANELS |= dict(accuracy=('', 'real', 'real, % of test images', SWEEP))
-PANELS |= dict(rate=('', 'rate', 'rate, steps/s of one MACH', SWEEP))
+PANELS |= dict(rate=('', 'rate', 'rate of the slowest MACH, steps/s', SWEEP))
 PANELS |= dict(worth=('', 'child', 'mach', 'one log with edge lines'))
 PANELS |= dict(classes=('', 'class', 'mach', 'one log with edge lines'))
 SUFFIXES = '.png', '.svg', '.pdf'

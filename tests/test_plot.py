@@ -67,6 +67,14 @@ def test_labels_are_those_of_the_table():
     assert len({(one.get_color(), one.get_marker()) for one in axes.lines}) == 4
 
 
+def test_runs_of_older_code_share_a_line():
+    """It lacked a hyperparameter. Another experiment lacks a second one."""
+    logs = [log(0, evals=EVALS, k=5), log(1, evals=EVALS, k=5, new=2)]
+    logs += [log(2, name='other', evals=EVALS), log(3, evals=EVALS, k=3, new=2)]
+    axes, *_ = draw(logs)
+    assert list(drawn(axes)) == ['x, k 5 -', 'other -', 'x, k 3 -']
+
+
 @pytest.mark.parametrize('values, scale, name', [
     ([1, 2, 40], 'symlog', 'k'),
     ([0.0, 0.1, 3.0], 'symlog', 'latency'),
@@ -76,7 +84,9 @@ def test_a_sweep(values, scale, name):
     logs = [log(0, 'averaging', **{name: values[0]}), log(0, 'plain')]
     for seed in 0, 2:
         for i, x in enumerate(values):
-            logs.append(log(seed, real=90 + i + seed, rate=9 - i, **{name: x}))
+            slowest = [line('final', mach=0, rate=9 - i, steps=20)]
+            names = {name: x, 'real': 90 + i + seed, 'rate': 50}
+            logs.append(log(seed, lines=slowest, **names))
     accuracy, rate = draw(logs)
     assert list(drawn(accuracy)) == ['averaging -', 'x -']  # plain has no x
     assert drawn(accuracy)['x -'] == [values, [91, 92, 93]]
