@@ -226,7 +226,9 @@ def choose_rows(sent, depth, rows):
     if all(left != depth for *_, left in sent):
         depth = sent[0][2]
     chosen = [(block.x, part) for block, part, left in sent if left == depth]
-    x, gradient = map(torch.cat, zip(*chosen))
+    (x, gradient), *more = chosen
+    if more:  # else a copy of x would cost half a percent of a step
+        x, gradient = map(torch.cat, zip(*chosen))
     norms = vector_norm(gradient.flatten(1), dim=1)
     largest = norms.topk(min(rows, len(x))).indices
     return Block(x[largest]), gradient[largest], depth
