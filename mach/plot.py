@@ -67,7 +67,10 @@ def draw_curves(axes, panel, logs, swept):
                 low, high = means - stds, means + stds
                 axes.fill_between(xs, low, high, alpha=0.2, **look)
                 form = MARKERS[i % len(MARKERS)] + DASHES[y]
-                axes.plot(xs, means, form, label=label, **look)
+                axes.plot(xs, means, form, label=label, markersize=4, **look)
+    if by == 'step' and axes.lines:  # down to 5 points below the least end
+        ends = [line.get_ydata()[-1] for line in axes.lines]
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], min(ends) - 5))
 
 
 def draw_matrix(axes, panel, log):

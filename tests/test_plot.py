@@ -1,5 +1,6 @@
 """mach/plot.py: what is drawn of made-up logs."""
 
+import math
 import sys
 
 import pytest
@@ -52,6 +53,14 @@ def test_a_repeated_step_counts_once():
     steps, seconds = draw([log(evals=[(10, 1.0, 5.0), *EVALS], lines=again)])
     assert drawn(seconds) == {'x -': [[5, 9], [90, 95]], 'x --': [[9], [80]]}
     assert drawn(steps) == {'x -': [[10, 20], [90, 95]], 'x --': [[20], [80]]}
+
+
+def test_the_ends_of_lines_are_shown_at_large():
+    rising = [(10, 20.0, 5.0), (20, 96.0, 9.0)]
+    steps, _ = draw([log(evals=rising, lr=2), log(evals=EVALS, lr=1)])
+    assert steps.get_ylim()[0] == 95 - 5
+    steps, _ = draw([log(evals=[(10, math.nan, 5.0)])])
+    assert not steps.lines
 
 
 def test_labels_are_those_of_the_table():
