@@ -89,7 +89,7 @@ class Hyperparameters:
     connected: bool = hparam(True, 'False: no edges', 'False', 'True')
     neighbours: int = hparam(0, 'children of each MACH; 0: all', 0, 999)
     depth: int = hparam(1, 'edges of a Spike', 0, 100)
-    grad_depth: int = hparam(2, 'of a Grad; real inputs: depth', 0, 100)
+    grad_depth: int = hparam(2, 'of a Grad; k - 1 children: 1', 0, 100)
     any_rows_every: int = hparam(4, 'steps, if no Grads go on', 0, 10**9)
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
     deadline: float = hparam(1.0, 'seconds to wait for real inputs', 0.001, 1e6)

@@ -227,7 +227,7 @@ def choose_rows(sent, depth, rows):
         depth = sent[0][2]
     chosen = [(block.x, part) for block, part, left in sent if left == depth]
     (x, gradient), *more = chosen
-    if more:  # else a copy of x would cost half a percent of a step
+    if more:  # else no copy is needed
         x, gradient = map(torch.cat, zip(*chosen))
     norms = vector_norm(gradient.flatten(1), dim=1)
     largest = norms.topk(min(rows, len(x))).indices
