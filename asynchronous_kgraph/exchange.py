@@ -122,11 +122,11 @@ class Exchange:
         for (kind, *_), ring in list(self._arrived.items()):
             if kind is not Spike and not learning:
                 continue
-            chosen = [entry for entry in reversed(ring) if entry[-1] == 0]
-            if learning and not self.locked:
-                chosen = chosen[:1]
-                if kind is not Spike and not chosen:
-                    chosen = [min(ring, key=lambda entry: entry[-1])]
+            most = 1 if learning and not self.locked else None
+            unused = (entry for entry in reversed(ring) if entry[-1] == 0)
+            chosen = list(itertools.islice(unused, most))
+            if most and kind is not Spike and not chosen:
+                chosen = [min(ring, key=lambda entry: entry[-1])]
             for entry in chosen:
                 message, block, entry[-1] = *entry[:2], next(self._uses)
                 if kind is Answer:

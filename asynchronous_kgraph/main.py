@@ -93,7 +93,7 @@ class Hyperparameters:
     any_rows_every: int = hparam(4, 'steps, if no Grads go on', 0, 10**9)
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
     deadline: float = hparam(1.0, 'seconds to wait for real inputs', 0.001, 1e6)
-    share: float = hparam(0.25, 'of a batch, rows of a Grad', 0.001, 1)
+    share: float = hparam(0.125, 'of a batch, rows of a Grad', 0.001, 1)
     grad_weight: float = hparam(0.5, 'norm of a Grad, in own gradients', 0, 1e6)
     # Processes; torchrun says how many.
     hosts: str = hparam('', 'a,b: hosts of the processes; empty: this one')

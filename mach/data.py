@@ -28,6 +28,7 @@ CLASSES = 10
 SIDE = 28  # pixels; an image has SIDE rows of SIDE pixels
 PIXELS = SIDE * SIDE
 MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, in 0..1
+SHIFT = torch.tensor(-MEAN / DEVIATION)
 SIZES = {  # bytes of each unpacked file
     'train-images-idx3-ubyte': 47040016,
     'train-labels-idx1-ubyte': 60008,
@@ -178,9 +179,7 @@ def _fetch(folder, seconds):
 def normalise(images):
     """uint8 [B, 784] to float32 [B, 784], (x / 255 - mean) / deviation."""
     # One pass scales, shifts and converts to float.
-    return torch.add(torch.tensor(-MEAN / DEVIATION),
-                     images,
-                     alpha=1 / (255 * DEVIATION))
+    return torch.add(SHIFT, images, alpha=1 / (255 * DEVIATION))
 
 
 def denormalise(x):

@@ -27,6 +27,7 @@ from mach import data
 
 MAIN = conftest.load_main('asynchronous_kgraph')
 SMALL = dict(hidden=128, embedding=32, student_hidden=64, neighbours=4)
+SMALL |= dict(share=0.25)  # their batches are small, too
 ROUNDS = 15  # steps of each MACH before the clock starts: messages fill up
 FLOORS = dict(gain=7.0, ratio=1.1)  # points over isolated; step of most / least
 
