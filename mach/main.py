@@ -307,10 +307,12 @@ def compare(logs):
 
     A cell is mean +- std over the n runs that differ in `BOOKKEEPING` alone:
     accuracies in %, seconds of training. The column isolated shows the real
-    accuracy of the runs with `connected False`. The last column names the
-    settings in which the rows of an experiment differ. Runs that stopped early
-    or have a failed MACH are left out with a warning on stderr. A second run of
-    a seed counts, with a warning; so do several runs of uncommitted code.
+    accuracy of the runs with `connected False`. They may be of another commit,
+    and hyperparameters of messages mean nothing to them. The last column names
+    the settings in which the rows of an experiment differ. Runs that stopped
+    early or have a failed MACH are left out with a warning on stderr. A second
+    run of a seed counts, with a warning; so do several runs of uncommitted
+    code.
     """
     for log in logs:
         if log.skipped:
@@ -318,7 +320,12 @@ def compare(logs):
         if metrics.flaw(log):
             metrics.warn(f'{log.name}: {metrics.flaw(log)}, left out')
     counted = [log for log in logs if not metrics.flaw(log)]
-    found = metrics.group(counted, ['connected'])
+    found = [[*same, *metrics.without_edges(same[0], counted)]
+             for same in metrics.group(counted)
+             if same[0].hparams.get('connected', True)]
+    paired = [log for same in found for log in same]
+    found += metrics.group([log for log in counted if log not in paired])
+    found.sort(key=lambda same: min(map(counted.index, same)))
     columns = 'connected', 'dataset', 'k'
     rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
              'seconds', 'differs in')]

@@ -39,6 +39,10 @@ BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'edges',
                'log_folder', 'tensorboard')
 # Fields of the run line that may change the result, as hyperparameters do.
 SOURCE = ('dataset', 'commit', 'threads', 'processes')
+# What means nothing to a MACH without neighbours.
+MESSAGES = ('connected', 'neighbours', 'depth', 'grad_depth', 'any_rows_every',
+            'inputs', 'deadline', 'share', 'grad_weight', 'latency', 'jitter',
+            'loss_rate')
 # The files that `say` writes to; None is stdout. FAILED: errors of such a file.
 OUTPUTS, FAILED = [None], []
 # A MACH with nan in one of these fields has failed. The mean becomes nan too.
@@ -300,6 +304,19 @@ def group(logs, hidden=()):
         row = frozenset(settings(log, hidden).items())
         groups.setdefault((log.run.get('experiment'), row), []).append(log)
     return list(groups.values())
+
+
+def without_edges(log, logs):
+    """Those of the logs that are the same run as `log` with `connected False`.
+
+    They may be of another commit.
+    """
+    hidden = *MESSAGES, 'commit'
+    return [
+        one for one in logs if not one.hparams.get('connected', True) and
+        one.run.get('experiment') == log.run.get('experiment') and
+        settings(one, hidden) == settings(log, hidden)
+    ]
 
 
 def differs(log, groups, hidden=()):

@@ -259,6 +259,17 @@ def test_isolated_runs_fill_a_column():
     ]
 
 
+@pytest.mark.parametrize('names, pairs', [(dict(share=0.1), True),
+                                          (dict(run=dict(commit='b')), True),
+                                          (dict(run=dict(threads=3)), False),
+                                          (dict(dropout=0.1), False)])
+def test_isolated_runs_need_not_agree_about_messages(names, pairs):
+    default = dict(share=0.2, dropout=0.2, run=dict(commit='a'))
+    rows = table(make_log(real=96, connected=False, **default | names),
+                 make_log(connected=True, **default))
+    assert len(rows) == 3 - pairs and ['96.00', '-'][not pairs] in rows[-1]
+
+
 def test_what_does_not_count_is_named(capsys):
     logs = [make_log(seed=seed) for seed in range(4)]
     logs[1].mean['steps'] = 4
