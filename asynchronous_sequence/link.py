@@ -47,7 +47,7 @@ class Grad:
 
 
 def is_finite(message):
-    """Whether what its sender has computed has no NaN and no infinity.
+    """Whether the values that its sender has computed are all finite.
 
     x needs no check: it is an image, whatever the sender has become.
     """

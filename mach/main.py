@@ -347,10 +347,11 @@ def compare(logs):
         row += [cell(connected, 'real'), cell(connected, 'synthetic'), alone]
         row += [cell(runs, 'seconds', 1)]
         row += [metrics.differs(same[0], found, columns)]
-        commit = str(same[0].run.get('commit'))
-        if commit.endswith('-dirty') and len(same) > 1:
+        commits = [str(log.run.get('commit')) for log in same]
+        dirty = [commit for commit in commits if commit.endswith('-dirty')]
+        if len(dirty) > 1:
             metrics.warn(
-                f'{experiment}: {len(same)} runs of {commit} share a row, '
+                f'{experiment}: {len(dirty)} runs of {dirty[0]} share a row, '
                 'though their code may differ')
         rows.append([str(cell) for cell in row])
     if not any(row[-1] for row in rows[1:]):

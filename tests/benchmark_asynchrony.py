@@ -390,7 +390,9 @@ def seconds_to(network, folder, wanted, every=50):
 def plain(folder, wanted=98.0):
     """Seconds to an accuracy in % on the test set, against the plain script.
 
-    The validation images have chosen the steps and the learning rate.
+    The validation images have chosen the steps of both experiments, and the
+    learning rate of synchronous_single. Of the k-graph, the mean of the MACHs
+    with real inputs counts.
     """
     torch.set_num_threads(CORES)
     alone, epochs = plain_script(folder, wanted)

@@ -5,7 +5,7 @@ neighbours each. Prints test accuracy beside that of isolated MACHs, and the
 processor time of a step. MNIST is dealt to all MACHs: of a thousand, each has
 55 images.
 
-    python tests/benchmark_many.py              # hours; never run whole
+    python tests/benchmark_many.py --k 1000 --steps 400       # an hour
     python tests/benchmark_many.py --k 100 --steps 300        # 3 minutes
 """
 
@@ -27,7 +27,7 @@ from mach import data
 
 MAIN = conftest.load_main('asynchronous_kgraph')
 SMALL = dict(hidden=128, embedding=32, student_hidden=64, neighbours=4)
-SMALL |= dict(share=0.25)  # their batches are small, too
+SMALL |= dict(share=0.25)  # an eighth of a small batch is few rows
 ROUNDS = 15  # steps of each MACH before the clock starts: messages fill up
 FLOORS = dict(gain=7.0, ratio=1.1)  # points over isolated; step of most / least
 

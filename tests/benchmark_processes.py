@@ -199,11 +199,11 @@ def plain(words='', count=K):
 
     Its `most` are the kB that a process that trains has held at most, in all
     and without what is shared, such as libraries; `shares`: what it and its
-    parent have of the memory after 30 steps, each page counted once.
+    parent have of the memory after 40 steps, each page counted once.
     """
     with Run(words, count) as run:
         numbers, run.most = run.train(10).values(), dict(VmHWM=0, RssAnon=0)
-        run.train(min(OPTIONS.steps // 2, 30))
+        run.train(min(OPTIONS.steps // 2, 40))
         run.shares = [(status(i, 'Pss', 'smaps_rollup'),
                        status(status(i, 'PPid'), 'Pss', 'smaps_rollup'))
                       for i in numbers]
