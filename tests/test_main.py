@@ -52,6 +52,8 @@ def test_a_run_learns_and_logs(run_here, tmp_path, experiment):
     given = dict(GIVEN, data=str(conftest.DATA or tmp_path))
     if experiment in SEVERAL:
         given |= dict(k=3, grad_weight=1.0)
+    if experiment in ASYNCHRONOUS:  # an eighth of a small batch is few rows
+        given |= dict(share=0.25)
     words = [f'--{name}={value}' for name, value in given.items()]
     code, log, err = run_here(experiment, *words)
     assert code == 0 and 'Traceback' not in err
