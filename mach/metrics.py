@@ -41,8 +41,8 @@ BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'edges',
 SOURCE = ('dataset', 'commit', 'threads', 'processes')
 # What means nothing to a MACH without neighbours.
 MESSAGES = ('connected', 'neighbours', 'depth', 'grad_depth', 'any_rows_every',
-            'inputs', 'deadline', 'share', 'grad_weight', 'latency', 'jitter',
-            'loss_rate', 'student_hidden', 'student_learning_rate')
+            'inputs', 'deadline', 'share', 'grad_weight', 'alone', 'latency',
+            'jitter', 'loss_rate', 'student_hidden', 'student_learning_rate')
 # The files that `say` writes to; None is stdout. FAILED: errors of such a file.
 OUTPUTS, FAILED = [None], []
 # A MACH with nan in one of these fields has failed. The mean becomes nan too.
