@@ -109,9 +109,9 @@ class Trainer:
         """
         # The messages of this step.
         self.exchange.receive()
-        taken, lessons = self.exchange.take()
-        served = [block for block in taken if block.grad]
-        # Forward: own rows and those of Grads, R in all.
+        served, lessons = self.exchange.take()
+        # Forward: own rows and those of Spikes and Grads, R in all. Rows without
+        # a Grad need no backward, but a forward of their own would cost more.
         with self._autocast:
             inputs, embedding = self._embed([own, *served], len(y))
             d = embedding.detach().requires_grad_()  # [R, E]
@@ -123,7 +123,6 @@ class Trainer:
                 label_smoothing=self.settings.label_smoothing)
         check_finite(loss, 'target loss')
         self.exchange.answer(served, answers.detach(), self.steps_taken)
-        self._answer([block for block in taken if not block.grad])
         # Backward: down to d, where Grads are rescaled, then on.
         torch.autograd.backward([loss, answers],
                                 [None, self._collect(served, answers)])
@@ -137,7 +136,7 @@ class Trainer:
         self._optimiser.zero_grad()
         # Tell the neighbours.
         if self.exchange.children:
-            self._tell_children(own, served, taken, inputs.grad)
+            self._tell_children(own, served, inputs.grad)
         if not self.finished:
             self._schedule.step()
             self.tally.step(loss, logits, y)
@@ -152,16 +151,13 @@ class Trainer:
         if self.finished and self.exchange.child_learns():
             x, y = next(self.batches)
             self.learn(Block(x), y)
-        self._answer(self.exchange.take(learning=False)[0])
-
-    # ----------------------------------------------------- parts of the step
-
-    def _answer(self, asked):
-        """Answers the Spikes of Blocks, with a forward without a graph."""
+        asked, _ = self.exchange.take(learning=False)
         if asked:
             with torch.no_grad(), self._autocast:
                 values = self.network.answer(self._embed(asked, 0)[1])
             self.exchange.answer(asked, values, self.steps_taken)
+
+    # ----------------------------------------------------- parts of the step
 
     def _embed(self, blocks, own):
         """One forward of all Blocks; the first `own` rows have dropout.
@@ -195,14 +191,17 @@ class Trainer:
                 part[:, self.exchange.children.index(child)] = answer.value
 
     def _collect(self, served, answers):
-        """Grads about answers [R - B, E], in that shape."""
-        for grad in (block.grad for block in served):
-            if grad.version >= 0 and not self.finished:
-                # After a resume, a Grad can be about a later step than this.
-                self.tally.grad(max(0, self.steps_taken - grad.version),
-                                grad.sender)
-        none = torch.zeros_like(answers[:0])  # there may be no Grad
-        return torch.cat([none, *(b.grad.gradient for b in served)])
+        """Grads about answers [R - B, E], in that shape; 0 without a Grad."""
+        gradient = torch.zeros_like(answers)
+        for part, block in zip(split(gradient, served), served):
+            if block.grad:
+                part += block.grad.gradient
+                if block.grad.version >= 0 and not self.finished:
+                    # After a resume, a Grad can be about a later step.
+                    self.tally.grad(
+                        max(0, self.steps_taken - block.grad.version),
+                        block.grad.sender)
+        return gradient
 
     def _rescale(self, gradient, blocks):
         """Scales each Grad to `grad_weight` times the own gradient, in place.
@@ -229,7 +228,7 @@ class Trainer:
         loss.backward()
         self.tally.lesson(loss)
 
-    def _tell_children(self, own, served, taken, gradient):
+    def _tell_children(self, own, served, gradient):
         """Sends each child a Grad, and a Spike about the same rows.
 
         In turn these are own rows, rows of Grads that have travelled one edge,
@@ -242,13 +241,14 @@ class Trainer:
         A locked MACH sends all gradients on at once, so that they are exact.
 
         Args:
-            served: the Blocks with Grads.
-            taken: all Blocks of this step, but the own.
+            served: all Blocks of this step, but the own.
             gradient: [R, C, E], of the Blocks' inputs; own rows come first.
         """
-        depths = [self._edges, *(block.grad.depth for block in served)]
         parts = split(gradient, [own, *served])
-        sent = list(zip([own, *served], parts, depths))
+        sent = [(own, parts[0], self._edges)]
+        sent += [(block, part, block.grad.depth)
+                 for block, part in zip(served, parts[1:])
+                 if block.grad]
         depth = max(0, self.settings.depth - 1)  # of a Spike
         if self.exchange.locked:
             own.key = own.key or self.exchange.ask(own.x, depth).key
@@ -261,7 +261,7 @@ class Trainer:
         block, *part = choose_rows(sent, left, rows)
         if every and turn % every == 0:
             seeds = self.settings.seed, self.index, self.steps_taken, 2
-            self.exchange.ask(draw_rows([own, *taken], rows, seeds), depth)
+            self.exchange.ask(draw_rows([own, *served], rows, seeds), depth)
         else:
             block = self.exchange.ask(block.x, depth)
         self.exchange.send_grads(block, *part)

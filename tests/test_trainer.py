@@ -352,7 +352,8 @@ def test_many_machs_lean_on_their_children(folder, still, monkeypatch):
     assert torch.equal(inputs[2:4], whole[1][2:])
     times = (inputs[:2] / whole[1][:2]).round(decimals=6)
     assert set(times.unique().tolist()) <= {0.0, 2.0}
-    assert_close(h[4:], trainer.network.local_part(draw(1)))  # of the Grad
+    others = torch.cat([draw(2), draw(1)])  # of the Spike, of the Grad
+    assert_close(h[4:], trainer.network.local_part(others))
     grad, = sinks[0].take('Grad')
     assert len(grad.x) == 3, 'it sends fewer of four rows'
     for k, share in (5, 0.0), (10, 0.1), (1000, 0.199):
