@@ -48,9 +48,12 @@ class Trainer:
         self.batches, self.settings = batches, settings
         self.tallies, self.shards = [metrics.Tally(0)], [batches.classes]
         self._grads = collections.deque()  # (step, x, gradient), oldest first
-        self._optimiser, self._schedule = make_optimiser([network], [student],
+        self._optimiser, self._schedule = make_optimiser([network], [],
                                                          settings)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # the student's
+        # The student's, for its thread.
+        self._student_optimiser, self._student_schedule = make_optimiser(
+            [], [student], settings)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
     @property
     def steps_taken(self):
@@ -69,12 +72,12 @@ class Trainer:
         with make_autocast(self.settings):
             with torch.no_grad():
                 d = self.network(x)  # [B, E]
-            lesson = self._thread.submit(self._teach_student, synthetic, d)
-            d = d.detach().requires_grad_()  # a leaf: the edge is cut here
+            d.requires_grad_()  # a leaf: the edge is cut here
             logits = self.network.head(d).to(x.dtype)  # [B, 10]
             loss = functional.cross_entropy(
                 logits, y, label_smoothing=self.settings.label_smoothing)
         check_finite(loss, 'target loss')
+        lesson = self._thread.submit(self._teach_student, synthetic, d.detach())
         loss.backward()  # the head's own gradients, and the Grad [B, E]
         self._grads.append((self.steps_taken, x, d.grad))
         if len(self._grads) > self.settings.delay:
@@ -96,7 +99,7 @@ class Trainer:
             return self.student(x)
 
     def _teach_student(self, synthetic, d):
-        """Backpropagates the loss of mimicking d [B, E]; returns that loss.
+        """Trains the student to mimic d [B, E]; returns the synthetic loss.
 
         Args:
             synthetic: Future of the student's output.
@@ -104,6 +107,9 @@ class Trainer:
         loss = students.synthetic_loss(synthetic.result(), d.unsqueeze(1))
         check_finite(loss, 'synthetic loss')
         loss.backward()
+        self._student_optimiser.step()
+        self._student_optimiser.zero_grad()
+        self._student_schedule.step()
         return loss
 
     def snapshot(self, networks=True, **ends):
@@ -117,6 +123,8 @@ class Trainer:
                     student=self.student,
                     optimiser=self._optimiser,
                     schedule=self._schedule,
+                    student_optimiser=self._student_optimiser,
+                    student_schedule=self._student_schedule,
                     batches=self.batches,
                     tally=self.tallies[0])
 
