@@ -7,8 +7,8 @@ The staleness of a Grad is the number of steps by which it is late.
 Each Grad is rescaled to `grad_weight` times the norm of the own gradient. So
 no Grad outweighs the own data, however large it is, on any schedule.
 
-Where a MACH's children are not all other MACHs, Grads go on to their children.
-So labels far away count too. The more MACHs, the smaller the shards. Beyond 5
+Where a MACH's children are not all other MACHs, it passes Grads on to them. So
+labels far away count too. The more MACHs, the smaller the shards. Beyond 5
 MACHs, a MACH learns some own rows from its children's answers alone.
 
 A finished MACH has a learning rate of 0. It goes on answering Spikes, and sends
