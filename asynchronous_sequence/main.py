@@ -7,8 +7,8 @@ set. Differs from synchronous_sequence: threads, disjoint shards, links.
     python asynchronous_sequence/main.py
     torchrun --nproc-per-node 3 asynchronous_sequence/main.py
 
-Expect, mean of 3 MACHs, real 98.46 ± 0.16, synthetic 98.15 ± 0.07 (mean and
-deviation over 3 seeds; isolated 97.88) in 37 s of training on two cores, bf16.
+Expect, mean of 3 MACHs, real 98.44 ± 0.09, synthetic 98.13 ± 0.07 (mean and
+deviation over 5 seeds; isolated 97.88) in 36 s of training on two cores, bf16.
 """
 
 import os
