@@ -47,12 +47,13 @@ class Grad:
 
 
 def is_finite(message):
-    """Whether the values that its sender has computed are all finite.
+    """Whether its x, if it is a Spike, or its computed values are all finite.
 
-    x needs no check: it is an image, whatever the sender has become.
+    A row of nan makes the gradient of a whole step nan. The x of a Grad needs
+    no check: with nan in it, the gradient is nan.
     """
-    computed = {Answer: 'value', Grad: 'gradient'}.get(type(message))
-    return not computed or math.isfinite(getattr(message, computed).sum())
+    checked = {Spike: 'x', Answer: 'value', Grad: 'gradient'}.get(type(message))
+    return not checked or math.isfinite(getattr(message, checked).sum())
 
 
 class Mailbox:

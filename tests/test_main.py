@@ -172,7 +172,7 @@ def test_lockstep_computes_on_several_threads(run_here, before, monkeypatch,
     assert run_here(experiment, '--k=2')[0] == 0
 
 
-def test_a_student_learns_beside_its_teacher(run_here, before, monkeypatch):
+def test_a_student_computes_beside_its_teacher(run_here, before, monkeypatch):
     both, single = threading.Barrier(2), EXPERIMENTS[0]
     trainer = conftest.load(single).trainer
 
@@ -181,7 +181,7 @@ def test_a_student_learns_beside_its_teacher(run_here, before, monkeypatch):
         return then(*args, **names)
 
     monkeypatch.setattr(trainer.functional, 'cross_entropy', loss)
-    before(single, '_teach_student', lambda *_: both.wait(conftest.LONG))
+    before(single, '_mimic', lambda *_: both.wait(conftest.LONG))
     assert run_here(single)[0] == 0
 
 
