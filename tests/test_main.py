@@ -172,17 +172,17 @@ def test_lockstep_computes_on_several_threads(run_here, before, monkeypatch,
     assert run_here(experiment, '--k=2')[0] == 0
 
 
-def test_a_student_computes_beside_its_teacher(run_here, before, monkeypatch):
+def test_a_student_learns_beside_its_teacher(run_here, before, monkeypatch):
+    """Its lesson and the teacher's backward wait for each other."""
     both, single = threading.Barrier(2), EXPERIMENTS[0]
-    trainer = conftest.load(single).trainer
 
-    def loss(*args, then=torch.nn.functional.cross_entropy, **names):
+    def grad(*args, then=metrics.Tally.grad):
         both.wait(conftest.LONG)
-        return then(*args, **names)
+        then(*args)
 
-    monkeypatch.setattr(trainer.functional, 'cross_entropy', loss)
-    before(single, '_mimic', lambda *_: both.wait(conftest.LONG))
-    assert run_here(single)[0] == 0
+    monkeypatch.setattr(metrics.Tally, 'grad', grad)
+    before(single, '_teach_student', lambda *_: both.wait(conftest.LONG))
+    assert run_here(single, '--delay=0')[0] == 0
 
 
 @every_experiment
