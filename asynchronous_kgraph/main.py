@@ -492,6 +492,9 @@ def main(words):
 
 if __name__ == '__main__':
     processes.supervise()
+    # After a fork the thread that first needs torch's pool makes it anew. A
+    # second thread at that time fails: "Invalid thread pool!"
+    torch.set_num_threads(1)
     try:
         status = main(sys.argv[1:])
     except Exception:  # pylint: disable=broad-except

@@ -130,9 +130,6 @@ def supervise():
             with contextlib.suppress(AttributeError):  # Linux: ends with it
                 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
             os.environ['MACH_ATTEMPT'] = str(attempt)
-            # After a fork torch makes its pool anew when a thread first needs
-            # it. A second one at that time fails: "Invalid thread pool!"
-            torch.set_num_threads(torch.get_num_threads())
             return
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if -status in numbers:  # before the child could handle it
