@@ -309,10 +309,10 @@ def compare(logs):
     accuracies in %, seconds of training. The column isolated shows the real
     accuracy of the runs with `connected False`. They may be of another commit,
     and hyperparameters of messages mean nothing to them. The last column names
-    the settings in which the rows of an experiment differ. Runs that stopped
-    early or have a failed MACH are left out with a warning on stderr. A second
-    run of a seed counts, with a warning; so do several runs of uncommitted
-    code.
+    the settings in which the rows of an experiment differ. Rows of an
+    experiment are in order of k, else as given. Runs that stopped early or have
+    a failed MACH are left out with a warning on stderr. A second run of a seed
+    counts, with a warning; so do several runs of uncommitted code.
     """
     for log in logs:
         if log.skipped:
@@ -320,6 +320,13 @@ def compare(logs):
         if metrics.flaw(log):
             metrics.warn(f'{log.name}: {metrics.flaw(log)}, left out')
     counted = [log for log in logs if not metrics.flaw(log)]
+    names = [log.run.get('experiment') for log in counted]
+
+    def rank(log):
+        k = str(log.hparams.get('k', ''))
+        return names.index(log.run.get('experiment')), len(k), k
+
+    counted.sort(key=rank)
     found = [[*same, *metrics.without_edges(same[0], counted)]
              for same in metrics.group(counted)
              if same[0].hparams.get('connected', True)]

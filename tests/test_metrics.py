@@ -227,11 +227,13 @@ def test_a_row_is_one_experiment_dataset_and_settings():
 experiment              dataset  k  n  real           synthetic      isolated  seconds
 longer_than_its_column  MNIST    5  1  98.00          90.50          -         61.0
 x                       MNIST    5  3  98.00 +- 1.00  90.50 +- 0.00  -         61.0 +- 0.0'''
-    for other in dict(experiment='y'), dict(dataset='F'), dict(k=3), dict(d=2):
+    for other in dict(experiment='y'), dict(dataset='F'), dict(k=7), dict(d=2):
         rows = table(*logs, make_log(**other))
         assert [row[3] for row in rows] == ['n', '3', '1']
     rows = table(make_log(d=1, lr=.1), make_log(lr=.1, k=7), make_log('y', d=3))
     assert [row[8:] for row in rows] == [['differs in'], ['d 1'], ['d -'], []]
+    rows = table(make_log(k=10), make_log('y', k=1), make_log(k=9))
+    assert [row[2] for row in rows] == ['k', '9', '10', '1']
 
 
 def test_a_row_is_one_code_and_one_machine(capsys):

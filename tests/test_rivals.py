@@ -11,7 +11,6 @@ import conftest
 from mach import metrics
 
 AVERAGING = conftest.load_main('tests/averaging')
-RIVALS = 'tests/averaging', 'tests/plain'
 
 
 def make(dataset, **names):
@@ -57,10 +56,11 @@ def test_a_dead_member_is_left_out(dataset):
 
 
 @pytest.mark.skipif(not conftest.DATA, reason='plain reads MNIST itself')
-@pytest.mark.parametrize('rival', RIVALS)
-def test_a_rival_learns_and_logs(rival, tmp_path):
+@pytest.mark.parametrize('rival, few', [('tests/averaging', ['--k=2']),
+                                        ('tests/plain', [])])
+def test_a_rival_learns_and_logs(rival, few, tmp_path):
     words = '--steps=60', '--evaluate_every=30', '--precision=fp32', '--seed=2'
-    with conftest.running(tmp_path / 'it', rival, *words) as process:
+    with conftest.running(tmp_path / 'it', rival, *words, *few) as process:
         code, out, err = process.end()
     log = metrics.parse_log(out)
     assert code == 0 and 'Traceback' not in err and not log.skipped
