@@ -205,7 +205,7 @@ class Exchange:
         return True
 
     def count(self, tally):
-        """Adds messages that were dropped or lost to a Tally; sets in_flight."""
+        """Adds messages dropped or lost to a Tally; sets in_flight."""
         tally.in_flight = len(self.mailbox)
         tally.dropped += self.dropped + self.mailbox.dropped
         for i, way in self.links.items():

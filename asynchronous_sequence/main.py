@@ -68,16 +68,16 @@ class Hyperparameters:
     validation: int = hparam(5000, 'held-out images, for eval lines', 10, 50000)
     shards: str = hparam('disjoint', 'images of a MACH', 'disjoint', 'skewed',
                          'full')
-    skew: float = hparam(0.5, 'of skewed shards; 0.1: more', 0.01, 1e6)
+    skew: float = hparam(0.5, 'of a Dirichlet; less: more uneven', 0.01, 1e6)
     # Run.
     seed: int = hparam(0, 'draws weights, shards, batches', 0, 10**9)
     steps: int = hparam(2500, 'training steps of each MACH', 1, 10**9)
     batch_size: int = hparam(128, 'own images in one step', 1, 60000)
     log_every: int = hparam(200, 'steps between `step` lines', 1, 10**9)
     evaluate_every: int = hparam(1000, 'steps; 0: no eval lines', 0, 10**9)
-    device: str = hparam('cpu', 'of networks; cuda: never run', 'cpu', *GPUS)
+    device: str = hparam('cpu', 'of networks; cuda: untested', 'cpu', *GPUS)
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
-    edges: bool = hparam(True, 'print what each is worth', 'False', 'True')
+    edges: bool = hparam(True, 'print the worth of each edge', 'False', 'True')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
     checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
@@ -86,23 +86,22 @@ class Hyperparameters:
     # Graph and messages.
     k: int = hparam(3, 'MACHs; 1: one MACH on all the data', 1, 1000)
     connected: bool = hparam(True, 'False: no edges', 'False', 'True')
-    depth: int = hparam(2, 'edges of a Spike', 0, 100)
-    grad_depth: int = hparam(2, 'of a Grad; k - 1 children: 1', 0, 100)
-    any_rows_every: int = hparam(4, 'steps, if no Grads go on', 0, 10**9)
+    depth: int = hparam(2, 'edges that a Spike may travel', 0, 100)
+    grad_depth: int = hparam(2, 'edges of a Grad; all are children: 1', 0, 100)
+    any_rows_every: int = hparam(4, 'steps per Spike about any rows', 0, 10**9)
     inputs: str = hparam('synthetic', 'of training steps', 'synthetic', 'real')
     deadline: float = hparam(1.0, 'seconds to wait for real inputs', 0.001, 1e6)
-    share: float = hparam(0.25, 'of a batch, rows of a Grad', 0.001, 1)
-    grad_weight: float = hparam(0.25, 'norm of a Grad, in own gradients', 0,
-                                1e6)
+    share: float = hparam(0.25, 'share of a batch in a Grad', 0.001, 1)
+    grad_weight: float = hparam(0.25, 'norm of a Grad over the own', 0, 1e6)
     # Processes; torchrun says how many.
     hosts: str = hparam('', 'a,b: hosts of the processes; empty: this one')
     log_folder: str = hparam('', 'folder of a log per process; empty: none')
     # Conditions that links and MACHs are put under.
     latency: float = hparam(0.0, 'seconds that a message travels', 0, 1e6)
-    jitter: float = hparam(0.0, 'most seconds more, at random', 0, 1e6)
+    jitter: float = hparam(0.0, 'seconds more, at most, at random', 0, 1e6)
     loss_rate: float = hparam(0.0, 'share of messages lost', 0, 1)
     slow_mach: int = hparam(-1, 'index of a slow MACH; -1: none', -1, 999)
-    slow_factor: float = hparam(10.0, 'times longer, its steps', 1, 1e6)
+    slow_factor: float = hparam(10.0, 'its steps take times as long', 1, 1e6)
     # Networks.
     embedding: int = hparam(64, 'units of an embedding', 1, 16384)
     hidden: int = hparam(512, 'units of layer 1; layer 2: half', 2, 16384)
@@ -112,10 +111,10 @@ class Hyperparameters:
     student_learning_rate: float = hparam(0.003, 'peak', 0, 1e6)
     warmup: float = hparam(0.1, 'share of steps up to the peak', 0, 0.999)
     weight_decay: float = hparam(0.05, 'of the network', 0, 1e6)
-    prior: float = hparam(0.4, 'of own class frequencies in the loss', 0, 10)
+    prior: float = hparam(0.4, 'factor of log class frequencies', 0, 10)
     label_smoothing: float = hparam(0.1, 'of the target loss', 0, 0.999)
-    dropout: float = hparam(0.3, 'of h: a MACH then needs its inputs', 0, 0.999)
-    alone: float = hparam(0.2, 'of own rows lack h; times 1 - 5 / k', 0, 1)
+    dropout: float = hparam(0.3, 'of h, so that inputs matter', 0, 0.999)
+    alone: float = hparam(0.2, 'of own rows lack h, x (1 - 5 / k)', 0, 1)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -110,8 +110,8 @@ class Trainer:
         # The messages of this step.
         self.exchange.receive()
         served, lessons = self.exchange.take()
-        # Forward: own rows and those of Spikes and Grads, R in all. Rows without
-        # a Grad need no backward, but a forward of their own would cost more.
+        # Forward: own rows and those of Spikes and Grads, R in all. Rows with no
+        # Grad need no backward, but a forward of their own would cost more.
         with self._autocast:
             inputs, embedding = self._embed([own, *served], len(y))
             d = embedding.detach().requires_grad_()  # [R, E]

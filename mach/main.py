@@ -3,7 +3,7 @@
     python mach/main.py --steps 3000              all five, then the table
     python mach/main.py --only synchronous_kgraph --k 7 --isolated True
     python mach/main.py --seeds 0,1,2             mean and std over three seeds
-    python mach/main.py --k 5,10 --only asynchronous_kgraph        a run for each
+    python mach/main.py --k 5,10 --only asynchronous_kgraph       a run for each
     python mach/main.py --compare .runs/*/*.txt   the table of saved logs
     python mach/main.py --compare LOG... --plot a.svg --panels steps rate
     python mach/main.py --record k                the runs of a figure
@@ -36,7 +36,7 @@ from mach import metrics, plot
 EXPERIMENTS = ('synchronous_single', 'synchronous_sequence',
                'synchronous_kgraph', 'asynchronous_sequence',
                'asynchronous_kgraph')
-# What each figure and table of the READMEs consists of. A later word overrides
+# The runs of each --record. READMEs may show more seeds. A later word overrides
 # an earlier one. An experiment ignores hyperparameters that it lacks.
 RIVALS = ('--only asynchronous_kgraph tests/averaging --isolated True '
           '--seeds 0,1,2,3,4')

@@ -66,16 +66,16 @@ class Hyperparameters:
     validation: int = hparam(5000, 'held-out images, for eval lines', 10, 50000)
     shards: str = hparam('full', 'images of a MACH', 'disjoint', 'skewed',
                          'full')
-    skew: float = hparam(0.5, 'of skewed shards; 0.1: more', 0.01, 1e6)
+    skew: float = hparam(0.5, 'of a Dirichlet; less: more uneven', 0.01, 1e6)
     # Run.
     seed: int = hparam(0, 'draws weights, shards, batches', 0, 10**9)
     steps: int = hparam(3000, 'training steps of each MACH', 1, 10**9)
     batch_size: int = hparam(128, 'own images in one step', 1, 60000)
     log_every: int = hparam(200, 'steps between `step` lines', 1, 10**9)
     evaluate_every: int = hparam(1000, 'steps; 0: no eval lines', 0, 10**9)
-    device: str = hparam('cpu', 'of networks; cuda: never run', 'cpu', *GPUS)
+    device: str = hparam('cpu', 'of networks; cuda: untested', 'cpu', *GPUS)
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
-    edges: bool = hparam(True, 'print what each is worth', 'False', 'True')
+    edges: bool = hparam(True, 'print the worth of each edge', 'False', 'True')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
     checkpoint_every: int = hparam(500, 'steps between checkpoints', 1, 10**9)
@@ -98,9 +98,9 @@ class Hyperparameters:
     student_learning_rate: float = hparam(0.002, 'peak', 0, 1e6)
     warmup: float = hparam(0.1, 'share of steps up to the peak', 0, 0.999)
     weight_decay: float = hparam(0.05, 'of the network', 0, 1e6)
-    prior: float = hparam(0.4, 'of own class frequencies in the loss', 0, 10)
+    prior: float = hparam(0.4, 'factor of log class frequencies', 0, 10)
     label_smoothing: float = hparam(0.1, 'of the target loss', 0, 0.999)
-    dropout: float = hparam(0.0, 'of h: a MACH then needs its inputs', 0, 0.999)
+    dropout: float = hparam(0.0, 'of h, so that inputs matter', 0, 0.999)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -69,7 +69,7 @@ class Hyperparameters:
     batch_size: int = hparam(128, 'own images in one step', 1, 60000)
     log_every: int = hparam(200, 'steps between `step` lines', 1, 10**9)
     evaluate_every: int = hparam(1000, 'steps; 0: no eval lines', 0, 10**9)
-    device: str = hparam('cpu', 'of networks; cuda: never run', 'cpu', *GPUS)
+    device: str = hparam('cpu', 'of networks; cuda: untested', 'cpu', *GPUS)
     precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')

@@ -40,7 +40,7 @@ class Hyperparameters:
     data: str = hparam('data', 'folder of the MNIST files')
     validation: int = hparam(5000, 'held-out images, for eval lines', 10, 50000)
     shards: str = hparam('disjoint', 'images of a member', 'disjoint', 'skewed')
-    skew: float = hparam(0.5, 'of skewed shards; 0.1: more', 0.01, 1e6)
+    skew: float = hparam(0.5, 'of a Dirichlet; less: more uneven', 0.01, 1e6)
     seed: int = hparam(0, 'draws weights, shards, batches', 0, 10**9)
     steps: int = hparam(3000, 'training steps of each member', 1, 10**9)
     batch_size: int = hparam(128, 'own images in one step', 1, 60000)
@@ -55,7 +55,7 @@ class Hyperparameters:
     outer_momentum: float = hparam(0.9, 'of the outer SGD', 0, 0.999)
     learning_rate: float = hparam(0.003, 'peak', 0, 1e6)
     weight_decay: float = hparam(0.05, 'of the network', 0, 1e6)
-    prior: float = hparam(0.4, 'of own class frequencies in the loss', 0, 10)
+    prior: float = hparam(0.4, 'factor of log class frequencies', 0, 10)
     dropout: float = hparam(0.3, 'of h', 0, 0.999)
 
     def __post_init__(self):
