@@ -49,6 +49,7 @@ FIGURES = dict(
     # One MACH with all the data, and as many steps as five together.
     central=('--only asynchronous_kgraph --seeds 0,1,2 --k 1 --steps 15000 '
              '--dropout 0.4'),
+    delay='--only synchronous_single --delay 0 --seeds 0,1,2',
     k=f'{RIVALS} --k 5,10,20,40 --neighbours 4',
     skew=f'{RIVALS} --shards skewed --skew 0.1,0.5,5',
     # A locked MACH takes seconds for a step. The steps of an unlocked one are

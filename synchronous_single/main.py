@@ -3,8 +3,8 @@
 A teacher (the MACH) learns MNIST by its target loss, from its own gradient
 applied `delay` steps late. A student learns to mimic the teacher's embedding.
 Both answer through the same target head: `real` is the teacher's test accuracy,
-`synthetic` the student's. One step of delay costs nothing, and a student comes
-within half a point of what it mimics.
+`synthetic` the student's. One step of delay costs the teacher nothing, and a
+student comes within half a point of what it mimics.
 
     python synchronous_single/main.py
 
