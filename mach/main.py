@@ -332,7 +332,7 @@ def compare(logs):
     counted.sort(key=rank)
     found = [[*same, *metrics.without_edges(same[0], counted)]
              for same in metrics.group(counted)
-             if same[0].hparams.get('connected', True)]
+             if not metrics.isolated(same[0])]
     paired = [log for same in found for log in same]
     found += metrics.group([log for log in counted if log not in paired])
     found.sort(key=lambda same: min(map(counted.index, same)))
@@ -346,8 +346,8 @@ def compare(logs):
             if run in seen:
                 metrics.warn(f'{log.name}: seed {run[-1]} counts again')
             seen.add(run)
-        connected = [run for run in same if run.hparams.get('connected', True)]
-        isolated = [run for run in same if run not in connected]
+        isolated = [run for run in same if metrics.isolated(run)]
+        connected = [run for run in same if run not in isolated]
         runs = connected or isolated
         alone = cell(isolated, 'real')
         if isolated and len(isolated) != len(runs):

@@ -40,9 +40,9 @@ BOOKKEEPING = ('seed', 'data', 'log_every', 'evaluate_every', 'edges',
 # Fields of the run line that may change the result, as hyperparameters do.
 SOURCE = ('dataset', 'commit', 'threads', 'processes')
 # What means nothing to a MACH without neighbours.
-MESSAGES = ('connected', 'neighbours', 'depth', 'grad_depth', 'any_rows_every',
-            'inputs', 'deadline', 'share', 'grad_weight', 'alone', 'latency',
-            'jitter', 'loss_rate', 'student_hidden', 'student_learning_rate')
+MESSAGES = ('neighbours', 'depth', 'grad_depth', 'any_rows_every', 'inputs',
+            'deadline', 'share', 'grad_weight', 'alone', 'latency', 'jitter',
+            'loss_rate', 'student_hidden', 'student_learning_rate')
 # The files that `say` writes to; None is stdout. FAILED: errors of such a file.
 OUTPUTS, FAILED = [None], []
 # A MACH with nan in one of these fields has failed. The mean becomes nan too.
@@ -290,10 +290,18 @@ def flaw(log):
     return f'{steps} of {asked} steps' if steps < asked else None
 
 
+def isolated(log):
+    """Whether the MACHs of a run have no neighbours."""
+    return not log.hparams.get('connected', True)
+
+
 def settings(log, hidden=()):
-    """Hyperparameters and SOURCE of a run, without BOOKKEEPING and `hidden`."""
+    """Hyperparameters and SOURCE of a run, without BOOKKEEPING and `hidden`.
+
+    Those of an isolated run are without MESSAGES too.
+    """
     shared = log.hparams | {k: log.run[k] for k in SOURCE if k in log.run}
-    hidden = (*BOOKKEEPING, *hidden)
+    hidden = (*BOOKKEEPING, *hidden, *(MESSAGES if isolated(log) else ()))
     return {k: v for k, v in shared.items() if k not in hidden}
 
 
@@ -311,25 +319,32 @@ def without_edges(log, logs):
 
     They may be of another commit.
     """
-    hidden = *MESSAGES, 'commit'
+    hidden = *MESSAGES, 'connected', 'commit'
     return [
-        one for one in logs if not one.hparams.get('connected', True) and
-        one.run.get('experiment') == log.run.get('experiment') and
-        settings(one, hidden) == settings(log, hidden)
+        one for one in logs
+        if isolated(one) and one.run.get('experiment') == log.run.get(
+            'experiment') and settings(one, hidden) == settings(log, hidden)
     ]
 
 
 def differs(log, groups, hidden=()):
-    """'depth 1, steps 400': in what the groups of its experiment differ."""
-    rows = [
-        settings(first, hidden)
-        for first, *_ in groups
-        if first.run.get('experiment') == log.run.get('experiment')
+    """'depth 1, steps 400': in what the groups of its experiment differ.
+
+    Args:
+        log: the first of a group.
+    """
+    firsts = [
+        one for one, *_ in groups
+        if one.run.get('experiment') == log.run.get('experiment')
     ]
-    names = dict.fromkeys(name for row in rows for name in row)
-    here = settings(log)
-    return ', '.join(f'{name} {here.get(name, "-")}' for name in names
-                     if len({row.get(name) for row in rows}) > 1)
+    keys, parts = [key for one in firsts for key in settings(one, hidden)], []
+    for name in dict.fromkeys(keys):
+        of = [
+            one for one in firsts if not isolated(one) or name not in MESSAGES
+        ]
+        if log in of and len({settings(one).get(name) for one in of}) > 1:
+            parts.append(f'{name} {settings(log).get(name, "-")}')
+    return ', '.join(parts)
 
 
 def lines(logs, *hidden):

@@ -70,8 +70,7 @@ def test_labels_are_those_of_the_table():
     logs += [log(name='plain', evals=EVALS)]
     axes, _ = draw(logs)
     labels = ('x, k 5, depth 1, connected True',
-              'x, k 3, depth 2, connected True',
-              'x, k 5, depth 1, connected False')
+              'x, k 3, depth 2, connected True', 'x, k 5, connected False')
     assert list(drawn(axes)) == [f'{one} -' for one in (*labels, 'plain')]
     assert len({(one.get_color(), one.get_marker()) for one in axes.lines}) == 4
 
