@@ -292,6 +292,8 @@ def work(trainer, settings, events, halt):
         while not trainer.finished and not halt.is_set():
             began = time.perf_counter()
             with turns:
+                if halt.is_set():  # it came while the MACH waited for its turn
+                    break
                 trainer.step(halt.is_set)
             if trainer.index == settings.slow_mach:
                 spent = time.perf_counter() - began
