@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import queue
 import threading
 import types
+from unittest import mock
 
 import conftest
 import pytest
@@ -497,3 +499,20 @@ def test_turns(folder, monkeypatch):
         with pytest.raises(ValueError), turns, turns:
             raise ValueError
     assert len(waited) == 3, 'all turns were given back'
+
+
+def test_a_mach_that_waits_for_its_turn_takes_no_step_after_a_signal(
+        monkeypatch, folder):
+    main, halt = conftest.load_main(folder), threading.Event()
+    turns, trainer = main.Turns(1), mock.MagicMock(steps_taken=0,
+                                                   finished=False)
+    monkeypatch.setattr(main, 'TURNS', turns)
+    thread = threading.Thread(target=main.work,
+                              args=(trainer, main.Hyperparameters(),
+                                    queue.Queue(), halt))
+    with turns:
+        thread.start()
+        assert conftest.wait_until(lambda: turns._waiting)
+        halt.set()
+    thread.join(10)
+    assert not thread.is_alive() and not trainer.step.called
