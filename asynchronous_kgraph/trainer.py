@@ -61,7 +61,6 @@ class Trainer:
         self.tally = metrics.Tally(index)
         self._optimiser, self._schedule = make_optimiser(
             [network], [student] if student else [], settings)
-        self._autocast = make_autocast(settings)
         self._prior = make_prior(batches.classes, settings)
         many = max(0.0, 1 - 5 / settings.k)  # 0 up to 5 MACHs, below 1
         self._alone = settings.alone * many  # share of own rows
@@ -113,7 +112,7 @@ class Trainer:
         served, lessons = self.exchange.take()
         # Forward: own rows and those of Spikes and Grads, R in all. Rows with no
         # Grad need no backward, but a forward of their own would cost more.
-        with self._autocast:
+        with make_autocast(self.settings):
             inputs, embedding = self._embed([own, *served], len(y))
             d = embedding.detach().requires_grad_()  # [R, E]
             logits = self.network.head(d[:len(y)]).to(d.dtype)  # [B, 10]
@@ -154,7 +153,7 @@ class Trainer:
             self.learn(Block(x), y)
         asked, _ = self.exchange.take(learning=False)
         if asked:
-            with torch.no_grad(), self._autocast:
+            with torch.no_grad(), make_autocast(self.settings):
                 values = self.network.answer(self._embed(asked, 0)[1])
             self.exchange.answer(asked, values, self.steps_taken)
 
@@ -220,7 +219,7 @@ class Trainer:
 
     def _teach_student(self, lessons):
         """Backpropagates the synthetic loss about answers that have come."""
-        with self._autocast:
+        with make_autocast(self.settings):
             synthetic = self.student(torch.cat([block.x for block in lessons]))
             real = synthetic.detach().clone()  # [B, C, E]; loss 0 if no answer
             self._fill_in(real, lessons)
@@ -271,7 +270,7 @@ class Trainer:
 
     def snapshot(self, networks=True, **ends):
         """index -> Snapshot of now; with counts alone unless `networks`."""
-        tally = copy.deepcopy(self.tally)
+        tally = self.tally.copy()
         self.exchange.count(tally)
         of = (self.network, self.student) if networks else ()
         return {self.index: Snapshot(tally, *copy.deepcopy(of), **ends)}

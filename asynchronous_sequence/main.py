@@ -13,10 +13,18 @@ deviation over 5 seeds; isolated 97.88) in 36 s of training on two cores, bf16.
 
 import os
 import signal
+import sys
 
 if __name__ == '__main__':  # the imports take seconds
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+
+    def end(number, _):
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        sys.exit(128 + number)
+
+    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':  # Windows lacks the last
+        signum = getattr(signal, name, signal.SIGINT)
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, end)
 
 import argparse
 import collections
@@ -26,7 +34,6 @@ import math
 import pathlib
 import queue
 import re
-import sys
 import threading
 import time
 import traceback
@@ -36,19 +43,9 @@ ROOTS = [up for up in HERE.parents if (up / 'mach/metrics.py').is_file()]
 if not ROOTS:
     sys.exit(f'{HERE}: needs the folder mach beside it, or further up')
 sys.path[:0] = [str(HERE), str(ROOTS[0])]
-from mach import data, metrics
-import checkpoint
-import torch
-import processes
-from link import Link
-from model import Mach
-from student import Student
-from trainer import Snapshot, Trainer
+from mach import metrics
 
 EXPERIMENT = HERE.name
-CORES = torch.get_num_threads()
-GPUS = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-torch.set_num_threads(1)  # a MACH is one thread, within its products too
 
 # ------------------------------------------------------------ hyperparameters
 
@@ -75,8 +72,8 @@ class Hyperparameters:
     batch_size: int = hparam(128, 'own images in one step', 1, 60000)
     log_every: int = hparam(200, 'steps between `step` lines', 1, 10**9)
     evaluate_every: int = hparam(1000, 'steps; 0: no eval lines', 0, 10**9)
-    device: str = hparam('cpu', 'of networks; cuda: untested', 'cpu', *GPUS)
-    precision: str = hparam('auto', 'auto: the faster', 'fp32', 'bf16', 'auto')
+    device: str = hparam('cpu', 'of networks: cpu or, untested, cuda:0')
+    precision: str = hparam('auto', 'of products', 'fp32', 'bf16', 'auto')
     edges: bool = hparam(True, 'print the worth of each edge', 'False', 'True')
     dry_run: bool = hparam(False, 'check all, train nothing', 'False', 'True')
     checkpoint: str = hparam('', 'folder of checkpoints; empty: none')
@@ -119,11 +116,22 @@ class Hyperparameters:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             setattr(self, field.name, read(field, getattr(self, field.name)))
-        self.precision = metrics.choose_precision(self.precision, self.device)
+        if not self.resume:  # else the checkpoint decides
+            self.precision = metrics.choose_precision(self.precision,
+                                                      self.device)
         if self.resume and not self.checkpoint:
             raise ValueError('--resume needs the folder --checkpoint')
         if self.slow_mach >= self.k:
             raise ValueError('--slow_mach must be below --k')
+
+
+# Copied from synchronous_single/main.py
+def describe(kind, limits):
+    """'1 to 1000', or 'fp32, bf16 or auto'; '' if there are no limits."""
+    words = list(map(str, limits or ()))
+    if kind in (int, float):
+        return ' to '.join(words)
+    return ' or '.join(filter(None, [', '.join(words[:-1]), *words[-1:]]))
 
 
 # Copied from synchronous_single/main.py
@@ -144,9 +152,8 @@ def read(field, value):
                 return kind(text)
         elif not limits or text in limits:
             return text == 'True' if kind is bool else os.path.expanduser(text)
-    wanted = (' to ' if kind in (int, float) else ' or ').join(map(str, limits))
-    raise ValueError(f'--{field.name}: must be {kind.__name__}, {wanted}, '
-                     f'not {text!r}')
+    raise ValueError(f'--{field.name}: must be {kind.__name__}, '
+                     f'{describe(kind, limits)}, not {text!r}')
 
 
 # Copied from synchronous_single/main.py
@@ -160,12 +167,14 @@ def read_hyperparameters(words):
     parser.error = lambda message: parser.exit(2, f'{EXPERIMENT}: {message}\n')
     for field in dataclasses.fields(Hyperparameters):
         names = f'--{field.name}', f'--{field.name.replace("_", "-")}'
-        known = *field.metadata.values(), f'default {field.default}'
+        reason, limits = map(field.metadata.get, ('reason', 'limits'))
+        known = [reason, describe(field.type, limits)]
+        known = filter(None, [*known, f'default {field.default!r}'])
         parser.add_argument(*dict.fromkeys(names),
                             dest=field.name,
                             default=field.default,
                             metavar=getattr(field.type, '__name__', 'value'),
-                            help='; '.join(map(str, known)).replace('%', '%%'))
+                            help='; '.join(known).replace('%', '%%'))
     # A space keeps argparse from taking a number such as -1e-3 for an option.
     words = [f' {w}' if re.match(r'-[\d.]', w) else w for w in words]
     values, unknown = parser.parse_known_args(words)
@@ -176,6 +185,20 @@ def read_hyperparameters(words):
     except ValueError as error:
         parser.error(str(error))
 
+
+if __name__ == '__main__':  # bad input ends it before imports that take seconds
+    read_hyperparameters(sys.argv[1:])
+from mach import data
+import checkpoint
+import torch
+import processes
+from link import Link
+from model import Mach
+from student import Student
+from trainer import Snapshot, Trainer
+
+CORES = torch.get_num_threads()
+torch.set_num_threads(1)  # a MACH is one thread, within its products too
 
 # ---------------------------------------------------------------------- MACHs
 
@@ -448,11 +471,7 @@ def main(words):
             trainers = make_trainers(settings, dataset)
             shards = [one.batches.classes for one in trainers]
             trainers = node.adopt(trainers)
-            for one in trainers:
-                file = pathlib.Path(settings.checkpoint, one.file)
-                if settings.resume or node.restarted and file.is_file():
-                    checkpoint.resume(one, settings.checkpoint)
-            checkpoint.prepare(settings.checkpoint)
+            checkpoint.begin(trainers, settings, stack, node.restarted)
             checkpoint.prepare(settings.log_folder)
             boards = [] if node.rank else metrics.boards(EXPERIMENT, settings)
             stack.enter_context(metrics.catch_signals(node.interrupt))
@@ -490,4 +509,4 @@ if __name__ == '__main__':
         metrics.warn(traceback.format_exc())
         status = 1
     if status or threading.active_count() > 1:
-        os._exit(status)  # without waiting for a thread in the midst of a step
+        metrics.leave(status)

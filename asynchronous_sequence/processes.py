@@ -105,39 +105,53 @@ def supervise():
 
     torchrun ends all processes as soon as one fails. So it watches the parent,
     and the MACHs live in the child. A killed child is replaced up to
-    `--max-restarts` times, without importing again; then the parent returns 0.
+    `--max-restarts` times, without importing again. If no child is left, the
+    parent waits for the other processes of its host, then returns 1. So it does
+    if a child that was started again cannot use its files.
     Call this while there is one thread. Without torchrun it does nothing.
     """
-    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or not hasattr(os, 'fork'):
         return
     if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0':
         os._exit(1)  # a process failed: torchrun is not to start all anew
+    import fcntl  # pylint: disable=import-outside-toplevel
+    files = os.path.dirname(os.environ.get('TORCHELASTIC_ERROR_FILE', ''))
+    alive = os.open(os.path.dirname(files) or '.', os.O_RDONLY)
+    fcntl.flock(alive, fcntl.LOCK_SH)  # of all processes of this host
     restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    os.environ['MACH_RUN'] = os.urandom(8).hex()  # names this run in its files
+    handlers = {number: signal.getsignal(number) for number in metrics.SIGNALS}
     for attempt in range(restarts + 1):
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # none is missed
+        signal.pthread_sigmask(signal.SIG_BLOCK, handlers)  # none is missed
         child = os.fork()
 
         def pass_on(number, _, child=child):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
 
-        for number in numbers:
-            signal.signal(number, pass_on if child else signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        for number, handler in handlers.items():
+            if handler != signal.SIG_IGN:  # else it stays ignored
+                signal.signal(number, pass_on if child else handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
         if not child:
             with contextlib.suppress(AttributeError):  # Linux: ends with it
                 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
             os.environ['MACH_ATTEMPT'] = str(attempt)
             return
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if -status in numbers:  # before the child could handle it
+        if -status in handlers:  # before the child could handle it
             status = 128 - status
+        if attempt and status == 2:
+            break
         if status >= 0:
             os._exit(status)
         metrics.warn(f'process {os.environ["RANK"]} was killed by signal '
                      f'{-status}; {restarts - attempt} restarts are left')
-    os._exit(0)
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    fcntl.flock(alive, fcntl.LOCK_EX)  # waits until the others have ended
+    os._exit(1)
 
 
 def variable(name, least, most, default):
@@ -148,16 +162,19 @@ def variable(name, least, most, default):
     return int(text)
 
 
-class Link:
-    """A link to a MACH of another process; link.Link stays within a process."""
+class Link(link.Link):
+    """A link to a MACH of another process; link.Link stays within a process.
 
-    def __init__(self, peer, receiver):
+    It loses messages here, where the sender counts them. They are late there.
+    """
+
+    def __init__(self, peer, receiver, loss_rate, seed):
+        super().__init__(self, loss_rate=loss_rate, seed=seed)
         self._peer, self.receiver = peer, receiver
-        self.lost = self.dropped = 0  # messages, counted by the sender
         peer.mail.limit += QUEUE
 
-    def send(self, message):
-        """Takes the message and returns at once."""
+    def put(self, message, _):
+        """Takes a message that is not lost, and returns at once."""
         mail, before = self._peer.mail, self._peer.mail.dropped
         if self._peer.connected:
             mail.put((self, message))
@@ -245,6 +262,9 @@ class Node:
         self._settings, self.rank, port = settings, 0, 0
         hosts = settings.hosts.split(',')
         self._key = os.fsencode(os.environ.get('MACH_KEY', ''))
+        if size > 1 and not hasattr(os, 'fork'):
+            raise data.DataError('several processes need Linux or macOS; '
+                                 'threads need nothing')
         if size > settings.k:
             raise data.DataError(f'{size} processes need as many MACHs: '
                                  f'--k {size}')
@@ -280,13 +300,16 @@ class Node:
         self._elsewhere = {
             one.index: one for one in trainers if one.index not in self.newest
         }
-        for i, one in self._elsewhere.items():
-            for here in self.own:
-                if here.index in one.exchange.links:  # with latency and loss
-                    way = one.exchange.links.pop(here.index)
-                    self._ways[i, here.index] = way
-                    peer = self._peers[i % self.size]
-                    here.exchange.links[i] = Link(peer, i)
+        settings = self._settings
+        for here in self.own:
+            for i in here.exchange.links.keys() & self._elsewhere.keys():
+                way = f'{settings.seed} {here.index} {i}'
+                here.exchange.links[i] = Link(self._peers[i % self.size], i,
+                                              settings.loss_rate, way)
+                self._ways[i, here.index] = link.Link(here.exchange.mailbox,
+                                                      settings.latency,
+                                                      settings.jitter,
+                                                      seed=way)
         return self.own
 
     def open(self):
@@ -300,7 +323,8 @@ class Node:
         outputs, settings = [] if self.rank else [None], self._settings
         if settings.log_folder and not settings.dry_run:
             path = f'{settings.log_folder}/process{self.rank}.txt'
-            mode = 'a' if self.restarted else 'w'
+            # A log of an earlier run is an error, unless this one continues it.
+            mode = 'a' if self.restarted else 'w' if settings.resume else 'x'
             outputs.append(open(path, mode, encoding='utf-8'))
         if self._peers:
             server = socket.create_server(self._addresses[self.rank],
@@ -442,9 +466,10 @@ class Node:
             if state:
                 part.load_state_dict(state)
         if network or ended:
-            self._snapshots |= one.snapshot(bool(network),
-                                            ended=ended,
-                                            failed=failed)
+            told = one.snapshot(bool(network), ended=ended, failed=failed)
+            # Its own process has counted what is lost and in flight.
+            self._snapshots[message.index] = told[message.index]._replace(
+                tally=one.tally.copy())
 
     def _announce(self, peer, what):
         lower = [p for r, p in self._peers.items() if r < self.rank]

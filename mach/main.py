@@ -59,7 +59,6 @@ FIGURES = dict(
     seconds=('--only synchronous_single asynchronous_kgraph tests/plain '
              '--seeds 0,1,2 --steps 1500 --evaluate_every 100'),
 )
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 STOP_SECONDS = 20  # An experiment may take this long to end after a signal.
 
 
@@ -270,7 +269,8 @@ def run(path, command):
             number = signal.SIGTERM
             if isinstance(error, KeyboardInterrupt):
                 number = error.args[0] if error.args else signal.SIGINT
-            process.send_signal(number)
+            with contextlib.suppress(ValueError):  # Windows sends no SIGINT
+                process.send_signal(number)
             try:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -386,7 +386,7 @@ def main(words):
         paths.append(path)
         if code:
             say(f'{path.stem} ended with {code}')
-            ended = code == 2 or code - 128 in SIGNALS
+            ended = code == 2 or code - 128 in metrics.SIGNALS
             status = code if ended else 1
             if ended:
                 break
@@ -415,7 +415,7 @@ def main(words):
 
 
 if __name__ == '__main__':
-    for one in SIGNALS:
+    for one in metrics.SIGNALS:
         if signal.getsignal(one) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(one, stop)
     try:
@@ -424,4 +424,4 @@ if __name__ == '__main__':
         sys.exit(128 + interrupt.args[0])
     except OSError as stdout_failed:
         say(f'stopped: {stdout_failed}')
-        os._exit(1)  # sys.exit would flush stdout, which fails again
+        metrics.leave(1)  # sys.exit would flush stdout, which fails again

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import timeit
 
 import tqdm
 
@@ -43,6 +42,12 @@ SOURCE = ('dataset', 'commit', 'threads', 'processes')
 MESSAGES = ('neighbours', 'depth', 'grad_depth', 'any_rows_every', 'inputs',
             'deadline', 'share', 'grad_weight', 'alone', 'latency', 'jitter',
             'loss_rate', 'student_hidden', 'student_learning_rate')
+# Signals that end a run. Windows has no SIGHUP.
+SIGNALS = [
+    getattr(signal, name)
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+    if hasattr(signal, name)
+]
 # The files that `say` writes to; None is stdout. FAILED: errors of such a file.
 OUTPUTS, FAILED = [None], []
 # A MACH with nan in one of these fields has failed. The mean becomes nan too.
@@ -151,6 +156,14 @@ class Tally:
         names = ('steps', 'rate', 'staleness', 'staleness_max', 'dropped',
                  'seconds', 'lost', 'in_flight')
         return {name: getattr(self, name) for name in names}
+
+    def copy(self):
+        """A copy; its MACH may go on counting meanwhile, on another thread."""
+        made = Tally(self.index)
+        vars(made).update(vars(self))
+        # Each of these is copied at once: no loop sees a dict that grows.
+        made.lost_to, made.grads = self.lost_to.copy(), self.grads.copy()
+        return made
 
     def state_dict(self):
         """All counts, as plain numbers and dicts of them; not a copy."""
@@ -592,7 +605,10 @@ def say_finals(experiment, dataset, settings, found, snapshots):
 def choose_precision(asked, device):
     """The precision of matrix products: `asked`, unless that is 'auto'.
 
-    On a CPU, 'auto' measures both: bf16 instructions may exist and not be fast.
+    'auto' is bf16 where the processor multiplies bf16 numbers itself, else
+    fp32. A GPU is asked by torch. A CPU must have avx512_bf16 or amx_bf16 among
+    its flags in /proc/cpuinfo; so it is fp32 beyond Linux. Elsewhere bf16 works
+    and is slower. No measurement has a say: on a busy machine it would differ.
 
     Args:
         asked: 'fp32', 'bf16' or 'auto'.
@@ -600,17 +616,15 @@ def choose_precision(asked, device):
     """
     if asked != 'auto':
         return asked
-    import torch  # pylint: disable=import-outside-toplevel
     if device.startswith('cuda'):
-        return 'bf16' if torch.cuda.is_bf16_supported() else 'fp32'
-
-    def seconds(dtype):
-        x = torch.zeros(512, 784, dtype=dtype)
-        return min(
-            timeit.repeat(lambda: torch.nn.functional.linear(x, x), number=1))
-
-    faster = 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
-    return 'bf16' if faster else 'fp32'
+        import torch  # pylint: disable=import-outside-toplevel
+        can = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return 'bf16' if can else 'fp32'
+    flags = set()
+    with contextlib.suppress(OSError):
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+            flags.update(file.read().split())
+    return 'bf16' if flags & {'avx512_bf16', 'amx_bf16'} else 'fp32'
 
 
 def start(thread, what):
@@ -642,7 +656,7 @@ def catch_signals(end):
 
     # Python handles signals in the main thread alone. nohup ignores SIGHUP.
     main = threading.current_thread() is threading.main_thread()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * main:
+    for number in SIGNALS * main:
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handle)
     try:
@@ -650,6 +664,22 @@ def catch_signals(end):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave(status):
+    """Ends the process, without waiting for a thread in the midst of a step.
+
+    A profiler that runs the script writes its results first.
+    """
+
+    def end():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+        os._exit(status)
+
+    # An atexit function would come too late: after the wait for threads.
+    threading._register_atexit(end)  # pylint: disable=protected-access
+    sys.exit(status)
 
 
 def explain(word, names):
