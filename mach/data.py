@@ -194,6 +194,10 @@ def deal(dataset, k, shards, batch_size, seed, device='cpu', skew=0.5):
     `make_shards` explains `k`, `shards` and `skew`, and raises DataError as
     Batches does. The order of MACH i's images depends on `seed` * 1009 + i.
     """
+    devices = ['cpu', *map('cuda:{}'.format, range(torch.cuda.device_count()))]
+    if device not in devices:
+        raise DataError(f'--device: must be str, {" or ".join(devices)}, '
+                        f'not {device!r}')
     images = dataset.train_images.to(device)  # one copy for all MACHs
     labels = dataset.train_labels
     dealt = make_shards(labels, k, shards, seed, skew, batch_size)

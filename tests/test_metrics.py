@@ -7,8 +7,8 @@ import math
 import re
 import subprocess
 import sys
-import timeit
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -300,13 +300,18 @@ x.0: seed 0 counts again
 '''
 
 
-@pytest.mark.parametrize('seconds, chosen', [(0.9, 'fp32'), (0.4, 'bf16')])
-def test_precision_is_the_faster_one(monkeypatch, seconds, chosen):
-    cost = {torch.bfloat16: seconds, torch.float32: 1.0}
-    patch = monkeypatch.setattr
-    patch(torch.nn.functional, 'linear', lambda x, _: cost[x.dtype])
-    patch(timeit, 'repeat', lambda work, number: [9.0, work()])
-    patch(torch.cuda, 'is_bf16_supported', lambda: seconds < 0.5)
+@pytest.mark.parametrize('flags, chosen', [('avx2 bf16', 'fp32'),
+                                           (None, 'fp32'),
+                                           ('fma avx512_bf16', 'bf16'),
+                                           ('amx_bf16 amx_tile', 'bf16')])
+def test_precision_is_what_the_processor_can_do(monkeypatch, flags, chosen):
+    cpuinfo = mock.mock_open(read_data=f'processor : 0\nflags : {flags}\n')
+    if flags is None:  # Windows
+        cpuinfo.side_effect = FileNotFoundError
+    monkeypatch.setattr(metrics, 'open', cpuinfo, raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
+                        lambda: chosen == 'bf16')
     for device in 'cpu', 'cuda:0':
         assert metrics.choose_precision('auto', device) == chosen
         assert metrics.choose_precision('asked', device) == 'asked'

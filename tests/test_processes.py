@@ -131,17 +131,16 @@ def test_a_state_dict_arrives_as_it_is():
         assert one.dtype == other.dtype
 
 
-def test_links_deliver_both_ways_with_conditions_on_arrival(nodes):
+def test_links_deliver_both_ways_and_the_sender_counts_losses(nodes):
     two = pair(nodes, loss_rate=0.5)
     for sender, receiver in two, two[::-1]:
         come, box = [], receiver.exchange.mailbox
-        arrival = receiver._ways[sender.rank, receiver.rank]
         departure = sender.exchange.links[receiver.rank]
         for _ in range(50):
             departure.send(spike(sender.rank))
-        assert wait_until(lambda: come.extend(box.collect()) or arrival.lost +
+        assert 5 < departure.lost < 45
+        assert wait_until(lambda: come.extend(box.collect()) or departure.lost +
                           len(come) == 50)
-        assert 5 < arrival.lost < 45 and not departure.lost
         assert come[0].key == (sender.rank, 2**62)
 
 
@@ -361,10 +360,10 @@ print('attempt', os.environ.get('MACH_ATTEMPT'), os.getpid(), flush=True)
 '''
 
 
-def supervised(then, **names):
+def supervised(then, prefix=(), **names):
     """A process that runs `then` in the child of a supervisor."""
     names = dict(RANK='3', TORCHELASTIC_MAX_RESTARTS='2') | names
-    return subprocess.Popen([sys.executable, '-c', SUPERVISED + then],
+    return subprocess.Popen([*prefix, sys.executable, '-c', SUPERVISED + then],
                             env=os.environ | names,
                             stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE,
@@ -372,7 +371,7 @@ def supervised(then, **names):
 
 
 @pytest.mark.parametrize('then, code, attempts', [
-    ('os.kill(os.getpid(), 9)', 0, '012'),
+    ('os.kill(os.getpid(), 9)', 1, '012'),
     ('os._exit(130)', 130, '0'),
     ('sys.exit(2)', 2, '0'),
     ('', 0, '0'),
@@ -385,6 +384,29 @@ def test_a_killed_child_alone_is_started_again(then, code, attempts):
     assert len(set(re.findall(r'\d (\d+)', out))) == len(attempts)
     killed = re.findall(r'signal 9; (\d) restarts', err)
     assert killed == (['2', '1', '0'] if len(attempts) > 1 else [])
+
+
+@pytest.mark.parametrize('again', ['os.kill(os.getpid(), 9)', 'os._exit(2)'])
+def test_a_process_that_is_lost_waits_for_the_others(again):
+    """Else torchrun would end them, or return 0 without a result."""
+    lost = f'{again} if os.environ["MACH_ATTEMPT"] > "0" else os.abort()'
+    names = dict(TORCHELASTIC_RUN_ID='none', TORCHELASTIC_MAX_RESTARTS='1')
+    other = supervised('time.sleep(2)', **names)
+    other.stdout.readline()
+    process, began = supervised(lost, **names), time.monotonic()
+    assert process.wait(30) == 1 and time.monotonic() > began + 1
+    assert other.wait(30) == 0
+    for one in other, process:
+        one.communicate()
+
+
+def test_an_ignored_signal_reaches_no_child():
+    """As in a job of a script, for which a shell ignores SIGINT."""
+    then = 'os.kill(os.getppid(), 2); os.kill(os.getpid(), 2); os._exit(7)'
+    shell = 'sh', '-c', 'trap "" INT; exec "$@"', 'sh'
+    process = supervised(then, prefix=shell, TORCHELASTIC_RUN_ID='none')
+    process.communicate(timeout=30)
+    assert process.returncode == 7
 
 
 def test_without_torchrun_nothing_is_forked():
@@ -466,13 +488,17 @@ def test_a_run_in_processes(tmp_path):
         assert own.mean['real'] == log.mean['real']
 
 
-@pytest.mark.parametrize('restarts', [0, 1])
-def test_a_process_is_killed(tmp_path, restarts):
-    steps = 120  # of a slow MACH: enough for it to come back
-    words = f'--checkpoint={tmp_path / "machs"}', '--checkpoint_every=5'
+@pytest.mark.parametrize('restarts, every', [(0, 5), (1, 5), (1, 10**9)])
+def test_a_process_is_killed(tmp_path, restarts, every):
+    """With `every` 10**9, it has only the checkpoint of a foreign run."""
+    steps, folder = 120, tmp_path / 'machs'  # it can come back: one is slow
+    words = f'--checkpoint={folder}', f'--checkpoint_every={every}'
     words += f'--steps={steps}', '--slow_mach=2', '--slow_factor=8'
     with torchrun(tmp_path / 'run', *words, restarts=restarts) as process:
         assert wait_until(lambda: 'step  10  mach 1' in process.said())
+        if every > steps:
+            torch.save(dict(hyperparameters={}, trainer={}),
+                       folder / 'mach1.pt')
         os.kill(process.find(1)[-1], signal.SIGKILL)
         code, out, err = process.end()
         assert not process.find()
@@ -482,12 +508,35 @@ def test_a_process_is_killed(tmp_path, restarts):
     assert [f['mach'] for f in log.finals] == [0, 1, 2, 'mean']
     lost = [f['mach'] for f in log.finals if f['real'] != f['real']]
     ends = [f['steps'] for f in log.finals]
+    anew = err.count('after the restart a MACH starts anew: cannot resume')
+    assert anew == (every > steps)
     if restarts:
         assert 'process 1 is here' in err
         assert code == 0 and not lost and ends == [steps] * 4
     else:
         assert code == 1 and lost == [1, 'mean']
         assert ends[0] == ends[2] == steps > ends[1]
+
+
+def test_no_process_is_left(tmp_path):
+    with torchrun(tmp_path / 'run', '--steps=1000000', count=2) as process:
+        assert wait_until(lambda: 'step  10 ' in process.said())
+        for rank in 0, 1:
+            os.kill(process.find(rank)[-1], signal.SIGKILL)
+        code, out, _ = process.end()
+    assert code == 1 and 'final' not in out
+
+
+def test_processes_count_what_is_lost_and_in_flight_as_threads_do(
+        tmp_path, run_here):
+    words = '--steps=60', '--k=4', '--loss_rate=0.5', '--latency=1000'
+    with torchrun(tmp_path / 'run', *words, count=2) as process:
+        code, out, _ = process.end()
+    log, threads = metrics.parse_log(out), run_here(EXPERIMENT, *words)[1]
+    assert code == 0
+    for key in 'lost', 'in_flight':
+        for here, there in zip(log.finals, threads.finals, strict=True):
+            assert here[key] == pytest.approx(there[key], rel=0.4), key
 
 
 def test_a_signal_ends_all(tmp_path):

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import conftest
@@ -62,14 +63,28 @@ def test_signals_to_processes(tmp_path):
     conftest.two_at_a_time(run, range(len(SIGNALS)))
 
 
-def test_an_ignored_signal_stays_ignored():
-    """As nohup has SIGHUP; and a library gets its handlers back."""
-    before = signal.signal(HUP, signal.SIG_IGN), signal.getsignal(TERM)
+@pytest.mark.parametrize('experiment', ['synchronous_single', 'mach'])
+def test_what_the_parent_ignores_stays_ignored(tmp_path, experiment):
+    """As after nohup, or in a job of a script; in the imports, and later."""
+    words = ['--steps=40', '--log_every=1', '--hidden=32']
+    if experiment == 'mach':
+        words += ['--only=asynchronous_kgraph', f'--logs={tmp_path / "logs"}']
+    shell = 'sh', '-c', 'trap "" INT HUP TERM; exec "$@"', 'sh'
+    with conftest.running(tmp_path / 'run', experiment, *words,
+                          prefix=shell) as process:
+        for moment in r'\| *argparse\n', STEP:
+            assert wait_until(lambda at=moment: re.search(at, process.said()))
+            for one in INT, HUP, TERM:
+                os.killpg(process.pid, one)
+        code, out, _ = process.end()
+    assert code == 0 and 'mach mean' in out
+
+
+def test_a_library_gets_its_handlers_back():
+    before = signal.getsignal(TERM)
     with metrics.catch_signals(pytest.fail):
-        assert signal.getsignal(TERM) != before[1]
-        signal.raise_signal(HUP)
-    assert signal.getsignal(TERM) == before[1]
-    signal.signal(HUP, before[0])
+        assert signal.getsignal(TERM) != before
+    assert signal.getsignal(TERM) == before
 
 
 # -------------------------------------------------------------------- streams
@@ -105,6 +120,71 @@ def test_stdout_that_fails(tmp_path, experiment, redirect, number):
     assert len(finals) == (0 if redirect else 4)  # of three MACHs, and the mean
     assert bool(os.listdir(tmp_path / 'saved')) == (not redirect)
     assert not redirect or len(lines) == 1
+
+
+# --------------------------------------------------- other ways to be started
+
+
+@pytest.mark.parametrize('experiment',
+                         ['synchronous_kgraph', 'asynchronous_sequence'])
+def test_a_profiler_writes_its_file_after_a_signal(tmp_path, experiment):
+    profiled = (f'python=$1; shift; exec "$python" -m cProfile -o '
+                f'{tmp_path}/profile "$@"')
+    words = '--steps=1000000', '--log_every=10', '--hidden=64'
+    with conftest.running(tmp_path / 'run',
+                          experiment,
+                          *words,
+                          prefix=['sh', '-c', profiled, 'sh']) as process:
+        assert wait_until(lambda: STEP in process.said())
+        process.send_signal(INT)
+        code, out, _ = process.end()
+    assert code == 130 and 'mach mean' in out
+    assert (tmp_path / 'profile').stat().st_size
+
+
+@pytest.mark.parametrize('words', [['--help'], ['--stepz=3'], ['--k=none']])
+def test_the_command_line_is_read_before_torch_is_imported(tmp_path, words):
+    for experiment in conftest.SYNCHRONOUS + conftest.ASYNCHRONOUS:
+        with conftest.running(tmp_path / experiment, experiment,
+                              *words) as process:
+            code, out, _ = process.end()
+        assert code == (0 if words == ['--help'] else 2)
+        assert not re.search(r'\| *torch\n', process.said())
+        assert '()' not in out and '(1, ' not in out
+        assert not out or re.search('1 to 1000000000; default', out)
+        assert not out or 'fp32, bf16 or auto' in out
+
+
+# As on Windows: what that lacks is gone.
+WINDOWS = '''import os, runpy, signal, sys
+del signal.SIGHUP, signal.pthread_sigmask, os.fork, os.O_NONBLOCK, os.O_CLOEXEC
+sys.modules["fcntl"], sys.argv = None, sys.argv[2:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")'''
+
+
+def test_windows(tmp_path, monkeypatch):
+    prefix = sys.executable, '-c', WINDOWS
+
+    def run(name, *words):
+        with conftest.running(tmp_path / name,
+                              'asynchronous_kgraph',
+                              *conftest.TINY,
+                              *words,
+                              prefix=prefix) as process:
+            return process.end()
+
+    code, out, err = run('threads', f'--checkpoint={tmp_path}/saved')
+    assert (code, err) == (0, '') and metrics.parse_log(out).mean['steps'] == 6
+    log, picture = tmp_path / 'threads' / 'out', tmp_path / 'a.svg'
+    words = conftest.ROOT / 'mach/main.py', '--compare', log, '--plot', picture
+    subprocess.run([*prefix, sys.executable, *words], check=True)
+    assert picture.stat().st_size
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    code, _, err = run('processes')
+    assert code == 2 and err == ('asynchronous_kgraph: several processes need '
+                                 'Linux or macOS; threads need nothing\n')
 
 
 # ---------------------------------------------------------------------- forks

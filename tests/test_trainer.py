@@ -649,3 +649,19 @@ def test_a_snapshot_never_changes(folder):
             trainer.step()
     assert not torch.equal(weights(*run.networks, *run.students), before)
     assert all(one.tally.steps == 1 for one in snapshots.values())
+
+
+class Growing(dict):
+    """A dict that gets a key while it is read, as from another thread."""
+
+    def items(self):
+        for item in super().items():
+            self[len(self)] = [0, 0]
+            yield item
+
+
+@pytest.mark.parametrize('folder', conftest.ASYNCHRONOUS)
+def test_counts_may_be_copied_while_they_change(folder):
+    trainer, *_ = conftest.make_lone(folder)
+    trainer.tally.grads = Growing({1: [3, 4]})
+    assert trainer.snapshot(networks=False)[5].tally.grads == {1: [3, 4]}
