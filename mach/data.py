@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import math
 import os
 import pathlib
 import shutil
@@ -191,19 +190,24 @@ def denormalise(x):
 def deal(dataset, k, shards, batch_size, seed, device='cpu', skew=0.5):
     """Gives k Batches of a Dataset's training set, one for each MACH.
 
-    `make_shards` explains `k`, `shards` and `skew`, and raises DataError as
-    Batches does. The order of MACH i's images depends on `seed` * 1009 + i.
+    `make_shards` explains `k`, `shards` and `skew`, and raises DataError. So
+    does a `batch_size` that does not fit all shards. The order of MACH i's
+    images depends on `seed` * 1009 + i.
     """
     images = dataset.train_images.to(device)  # one copy for all MACHs
     labels = dataset.train_labels
-    dealt = make_shards(labels, k, shards, seed, skew, batch_size)
+    dealt = make_shards(labels, k, shards, seed, skew)
+    least = min(map(len, dealt))
+    if not 1 <= batch_size <= least:
+        raise DataError(f'batch_size {batch_size} does not fit the smallest '
+                        f'shard of {least} images: 1 to {least} does')
     return [
         Batches(images, labels, indices, batch_size, seed * 1009 + i, device)
         for i, indices in enumerate(dealt)
     ]
 
 
-def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5, least=1):
+def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5):
     """Chooses training images for `k` MACHs: k int64 tensors of indices.
 
     The kind 'full' puts every image into every shard. The other kinds put each
@@ -212,8 +216,8 @@ def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5, least=1):
 
     With 'skewed', each class is dealt by a Dirichlet(`skew`) draw over the
     MACHs (Hsu et al. 2019, arXiv 1909.06335, draws classes for each MACH
-    instead). Before that, 2% of each class are dealt evenly, or more, so that
-    a shard has `least` images and one of each class.
+    instead). Before that, 2% of each class are dealt evenly, or one image for
+    each MACH if that is more.
 
     Raises DataError if k is below 1 or shards would lack a class.
     """
@@ -236,7 +240,7 @@ def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5, least=1):
     draws, shards = numpy.random.default_rng(seed), [[] for _ in range(k)]
     for members in by_class:
         n = len(members)
-        even = min(n, max(n // 50, k * math.ceil(least / CLASSES)))
+        even = max(n // 50, k)
         ends = draws.dirichlet([skew] * k).cumsum()[:-1] * (n - even)
         parts = members[even:].tensor_split(ends.round().astype(int).tolist())
         for i, part in enumerate(parts):
@@ -259,14 +263,11 @@ class Batches:
     epoch and end in the next, so all batches have the same size.
 
     Takes images uint8 [N, 784], labels int64 [N] and the shard's indices [n].
-    Raises DataError if batch_size is not in 1 .. n. The attribute `classes` has
-    the shard's number of images of each class, [10].
+    `batch_size` is 1 to n. The attribute `classes` has the shard's number of
+    images of each class, [10].
     """
 
     def __init__(self, images, labels, indices, batch_size, seed, device='cpu'):
-        if not 1 <= batch_size <= len(indices):
-            raise DataError(f'batch_size {batch_size} does not fit a shard of '
-                            f'{len(indices)} images: 1 to {len(indices)} does')
         self._images, self._labels = images.to(device), labels.to(device)
         self._indices, self._size = indices, batch_size
         self.classes = labels[indices].bincount(minlength=CLASSES)

@@ -319,24 +319,39 @@ def test_shards(k):
             data.make_shards(labels, bad, kind)
 
 
-@pytest.mark.parametrize('k, skew, least', [(1, 0.5, 9), (5, 0.5, 64),
-                                            (5, 0.01, 1), (20, 1e6, 1),
-                                            (30, 0.1, 20), (30, 0.1, 1000)])
-def test_skewed_shards(k, skew, least):
+@pytest.mark.parametrize('k, skew', [(1, 0.5), (5, 0.5), (5, 0.01), (20, 1e6),
+                                     (30, 0.1), (600, 0.1)])
+def test_skewed_shards(k, skew):
     labels = torch.arange(6000) % 10
-    shards = data.make_shards(labels, k, 'skewed', 3, skew, least)
+    shards = data.make_shards(labels, k, 'skewed', 3, skew)
     assert torch.equal(torch.cat(shards).sort().values, torch.arange(6000))
     assert all(torch.equal(shard, shard.unique()) for shard in shards)
     counts = torch.stack([labels[s].bincount(minlength=10) for s in shards])
-    assert counts.min() >= 1 and counts.sum(1).min() >= min(least, 6000 // k)
+    assert counts.min() >= max(12 // k, 1)  # 2% of 600 are 12
     spread = counts.double().std(0, correction=0) / (600 / k)
-    if k > 1 and least == 1:  # a Dirichlet draw over k has this deviation
+    if 1 < k < 600:  # a Dirichlet draw over k has this deviation
         wanted = math.sqrt((k - 1) / (k * skew + 1))
         assert spread.mean() == pytest.approx(wanted, abs=0.05 + 0.2 * wanted)
-    other, = data.make_shards(labels, k, 'skewed', 4, skew, least)[:1]
-    assert k == 1 or least == 1000 or not torch.equal(shards[0], other)
+    other, = data.make_shards(labels, k, 'skewed', 4, skew)[:1]
+    assert k == 1 or not torch.equal(shards[0], other)
     with pytest.raises(data.DataError, match='600 is the largest'):
-        data.make_shards(labels, 601, 'skewed', 3, skew, least)
+        data.make_shards(labels, 601, 'skewed', 3, skew)
+
+
+def test_the_batch_size_moves_no_image():
+    dataset = data.Dataset('x', torch.zeros(600, 784),
+                           torch.arange(600) % 10, *[None] * 4)
+
+    def classes(size):
+        made = data.deal(dataset, 20, 'skewed', size, 0, skew=0.1)
+        return torch.stack([one.classes for one in made])
+
+    counts = classes(1)
+    least = int(counts.sum(1).min())
+    assert counts[0].sum() > least  # the first shard is not the smallest
+    assert torch.equal(classes(least), counts)
+    with pytest.raises(data.DataError, match=f'size 30 .*1 to {least} does'):
+        classes(30)
 
 
 def test_batches_know_their_classes():
@@ -399,7 +414,8 @@ def test_recorded_results_still_hold():
     source = data.deal(dataset, 3, 'disjoint', 9, seed=2)[1]
     assert next(source)[1].tolist() == [4, 6, 9, 8, 1, 2, 7, 5, 0]
     for size in 0, 201:
-        with pytest.raises(data.DataError, match='a shard of 200 images'):
+        with pytest.raises(data.DataError,
+                           match='smallest shard of 200 images'):
             data.deal(dataset, 3, 'disjoint', size, 2)
     images, labels, *_ = data.draw_digits(90, 10)
     # Older versions of torch round a few pixels to the next grey.
