@@ -34,6 +34,7 @@ SIZES = {  # bytes of each unpacked file
     't10k-images-idx3-ubyte': 7840016,
     't10k-labels-idx1-ubyte': 10008,
 }
+FOLDER = 'data'  # the default: no fault of it ends a run
 # Errors of a disk, not of a network.
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
 
@@ -54,7 +55,7 @@ class Dataset:
     test_labels: torch.Tensor
 
 
-def load(folder='data', validation=5000, deadline=120.0):
+def load(folder=FOLDER, validation=5000, deadline=120.0):
     """Reads MNIST from `folder`/MNIST/raw, where the four `.gz` are enough.
 
     Missing files are fetched, for at most `deadline` seconds. Where there is
@@ -63,13 +64,19 @@ def load(folder='data', validation=5000, deadline=120.0):
     two classes differ by at most 1.
 
     Raises:
-      DataError: the folder cannot be used, or `validation` leaves a class
-        without training images.
+      DataError: the folder cannot be used and is not FOLDER, or `validation`
+        leaves a class without training images.
     """
     name = 'MNIST'
     try:
         images, labels, test_images, test_labels = _read_mnist(folder, deadline)
-    except ConnectionError as error:
+    except OSError as error:
+        if not isinstance(error, ConnectionError) and str(folder) != FOLDER:
+            where = f'the data folder {folder}'
+            if error.errno in NO_ROOM:
+                where += f' or the temporary folder {tempfile.gettempdir()}'
+            raise DataError(f'cannot use {where}: {error.strerror} '
+                            f'({error.filename})') from error
         metrics.warn(
             f'warning: cannot get MNIST: {error}. This run uses drawn digits '
             'instead: expect other accuracies. To fix it, put '
@@ -77,12 +84,6 @@ def load(folder='data', validation=5000, deadline=120.0):
             f'{folder}/MNIST/raw.')
         name = 'drawn-digits'
         images, labels, test_images, test_labels = draw_digits()
-    except OSError as error:
-        where = f'the data folder {folder}'
-        if error.errno in NO_ROOM:
-            where += f' or the temporary folder {tempfile.gettempdir()}'
-        raise DataError(f'cannot use {where}: {error.strerror} '
-                        f'({error.filename})') from error
     by_class = _shuffle_by_class(labels, seed=0)
     most = CLASSES * (min(map(len, by_class)) - 1)
     if not 0 <= validation <= most:
@@ -100,11 +101,15 @@ def _read_mnist(folder, deadline):
     """Gives images uint8 [N, 784] and labels int64 [N] of both sets.
 
     Missing or damaged files are made in a temporary folder first. Raises
-    ConnectionError if that fails, other OSErrors if `folder` cannot be used.
+    ConnectionError if that fails, other OSErrors if a folder cannot be used.
     """
     raw, found = pathlib.Path(folder, 'MNIST', 'raw'), []
-    with contextlib.suppress(FileNotFoundError):
+    given = str(folder) != FOLDER
+    with contextlib.suppress(FileNotFoundError if given else OSError):
         found = [raw / name for name in os.listdir(raw) if name in SIZES]
+    if given and not os.path.isdir(folder):  # can it be made?
+        up = next(one for one in raw.parents if os.path.lexists(one))
+        tempfile.TemporaryDirectory(dir=up).cleanup()
     damaged = [one for one in found if one.stat().st_size != SIZES[one.name]]
     if len(found) == len(SIZES) and not damaged:
         try:
@@ -122,15 +127,16 @@ def _read_mnist(folder, deadline):
         for path in damaged:
             metrics.warn(f'warning: {path} is damaged: it is not used')
         _fetch(staging, deadline)
-        raw.mkdir(parents=True, exist_ok=True)
         # Another run never sees half a file, because `replace` is atomic. A
         # folder that cannot be written stays as it is.
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(
-                prefix='.mnist-', dir=raw) as beside:
-            for name in SIZES:
-                copy = pathlib.Path(beside, name)
-                shutil.copyfile(new / name, copy)
-                copy.replace(raw / name)
+        with contextlib.suppress(OSError):
+            raw.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix='.mnist-',
+                                             dir=raw) as beside:
+                for name in SIZES:
+                    copy = pathlib.Path(beside, name)
+                    shutil.copyfile(new / name, copy)
+                    copy.replace(raw / name)
         return _parse(staging)
 
 

@@ -261,15 +261,36 @@ def test_interrupt_ends_a_download(tmp_path, monkeypatch):
         data.load(tmp_path)
 
 
-@pytest.mark.parametrize('where', ['data', 'file', 'file/below'])
-def test_unusable_folder(tmp_path, raw, offline, where):
+@pytest.mark.parametrize(
+    'where', ['data', 'file', 'file/below', 'link', '/proc/nope/nope'])
+def test_unusable_folder(tmp_path, raw, monkeypatch, where):
+    monkeypatch.setattr(data, '_fetch', lambda *_: pytest.fail('a download'))
     shutil.rmtree(raw)
     for path in raw, tmp_path / 'file':
         path.touch()
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
     with pytest.raises(data.DataError, match='cannot use the data folder') as e:
         data.load(tmp_path / where)
     assert str(tmp_path / where) in str(e.value)
     assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('network', [True, False])
+def test_no_fault_of_the_default_folder_ends_a_run(raw, offline, monkeypatch,
+                                                   capfd, network):
+
+    def fetch(folder, *more, then=data._fetch):
+        for path in raw.glob('*.gz') if network else ():
+            shutil.copy(path, pathlib.Path(folder, 'MNIST', 'raw'))
+        then(folder, *more)
+
+    monkeypatch.setattr(data, '_fetch', fetch)
+    (raw / 'data').touch()
+    for place in raw, '/proc':  # there, `data` is a file or cannot be made
+        monkeypatch.chdir(place)
+        name = data.load(validation=0).name
+        assert name == ('MNIST' if network else 'drawn-digits')
+        assert bool(capfd.readouterr().err) != network
 
 
 def test_validation_is_even_and_complete(tmp_path, offline):
