@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import conftest
@@ -70,6 +71,14 @@ def test_an_ignored_signal_stays_ignored():
         assert signal.getsignal(TERM) != before
         signal.raise_signal(HUP)
     assert signal.getsignal(TERM) == before
+
+
+def test_tests_send_signals_under_nohup_too():
+    """The test above fails where SIGTERM is ignored."""
+    command = ['sh', '-c', 'trap "" INT TERM HUP; exec "$@"', 'sh']
+    command += [sys.executable, '-m', 'pytest', '--numprocesses=0', __file__]
+    command += ['-k', test_an_ignored_signal_stays_ignored.__name__]
+    subprocess.run(command, check=True)
 
 
 # -------------------------------------------------------------------- streams
