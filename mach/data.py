@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import math
 import os
 import pathlib
 import shutil
@@ -35,6 +34,7 @@ SIZES = {  # bytes of each unpacked file
     't10k-images-idx3-ubyte': 7840016,
     't10k-labels-idx1-ubyte': 10008,
 }
+FOLDER = 'data'  # the default: no fault of it ends a run
 # Errors of a disk, not of a network.
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG
 
@@ -55,7 +55,7 @@ class Dataset:
     test_labels: torch.Tensor
 
 
-def load(folder='data', validation=5000, deadline=120.0):
+def load(folder=FOLDER, validation=5000, deadline=120.0):
     """Reads MNIST from `folder`/MNIST/raw, where the four `.gz` are enough.
 
     Missing files are fetched, for at most `deadline` seconds. Where there is
@@ -64,13 +64,19 @@ def load(folder='data', validation=5000, deadline=120.0):
     two classes differ by at most 1.
 
     Raises:
-      DataError: the folder cannot be used, or `validation` leaves a class
-        without training images.
+      DataError: the folder cannot be used and is not FOLDER, or `validation`
+        leaves a class without training images.
     """
     name = 'MNIST'
     try:
         images, labels, test_images, test_labels = _read_mnist(folder, deadline)
-    except ConnectionError as error:
+    except OSError as error:
+        if not isinstance(error, ConnectionError) and str(folder) != FOLDER:
+            where = f'the data folder {folder}'
+            if error.errno in NO_ROOM:
+                where += f' or the temporary folder {tempfile.gettempdir()}'
+            raise DataError(f'cannot use {where}: {error.strerror} '
+                            f'({error.filename})') from error
         metrics.warn(
             f'warning: cannot get MNIST: {error}. This run uses drawn digits '
             'instead: expect other accuracies. To fix it, put '
@@ -78,12 +84,6 @@ def load(folder='data', validation=5000, deadline=120.0):
             f'{folder}/MNIST/raw.')
         name = 'drawn-digits'
         images, labels, test_images, test_labels = draw_digits()
-    except OSError as error:
-        where = f'the data folder {folder}'
-        if error.errno in NO_ROOM:
-            where += f' or the temporary folder {tempfile.gettempdir()}'
-        raise DataError(f'cannot use {where}: {error.strerror} '
-                        f'({error.filename})') from error
     by_class = _shuffle_by_class(labels, seed=0)
     most = CLASSES * (min(map(len, by_class)) - 1)
     if not 0 <= validation <= most:
@@ -101,11 +101,15 @@ def _read_mnist(folder, deadline):
     """Gives images uint8 [N, 784] and labels int64 [N] of both sets.
 
     Missing or damaged files are made in a temporary folder first. Raises
-    ConnectionError if that fails, other OSErrors if `folder` cannot be used.
+    ConnectionError if that fails, other OSErrors if a folder cannot be used.
     """
     raw, found = pathlib.Path(folder, 'MNIST', 'raw'), []
-    with contextlib.suppress(FileNotFoundError):
+    given = str(folder) != FOLDER
+    with contextlib.suppress(FileNotFoundError if given else OSError):
         found = [raw / name for name in os.listdir(raw) if name in SIZES]
+    if given and not os.path.isdir(folder):  # can it be made?
+        up = next(one for one in raw.parents if os.path.lexists(one))
+        tempfile.TemporaryDirectory(dir=up).cleanup()
     damaged = [one for one in found if one.stat().st_size != SIZES[one.name]]
     if len(found) == len(SIZES) and not damaged:
         try:
@@ -123,15 +127,16 @@ def _read_mnist(folder, deadline):
         for path in damaged:
             metrics.warn(f'warning: {path} is damaged: it is not used')
         _fetch(staging, deadline)
-        raw.mkdir(parents=True, exist_ok=True)
         # Another run never sees half a file, because `replace` is atomic. A
         # folder that cannot be written stays as it is.
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(
-                prefix='.mnist-', dir=raw) as beside:
-            for name in SIZES:
-                copy = pathlib.Path(beside, name)
-                shutil.copyfile(new / name, copy)
-                copy.replace(raw / name)
+        with contextlib.suppress(OSError):
+            raw.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix='.mnist-',
+                                             dir=raw) as beside:
+                for name in SIZES:
+                    copy = pathlib.Path(beside, name)
+                    shutil.copyfile(new / name, copy)
+                    copy.replace(raw / name)
         return _parse(staging)
 
 
@@ -191,8 +196,9 @@ def denormalise(x):
 def deal(dataset, k, shards, batch_size, seed, device='cpu', skew=0.5):
     """Gives k Batches of a Dataset's training set, one for each MACH.
 
-    `make_shards` explains `k`, `shards` and `skew`, and raises DataError as
-    Batches does. The order of MACH i's images depends on `seed` * 1009 + i.
+    `make_shards` explains `k`, `shards` and `skew`, and raises DataError. So
+    does a `batch_size` that does not fit all shards. The order of MACH i's
+    images depends on `seed` * 1009 + i.
     """
     devices = ['cpu', *map('cuda:{}'.format, range(torch.cuda.device_count()))]
     if device not in devices:
@@ -200,14 +206,18 @@ def deal(dataset, k, shards, batch_size, seed, device='cpu', skew=0.5):
                         f'not {device!r}')
     images = dataset.train_images.to(device)  # one copy for all MACHs
     labels = dataset.train_labels
-    dealt = make_shards(labels, k, shards, seed, skew, batch_size)
+    dealt = make_shards(labels, k, shards, seed, skew)
+    least = min(map(len, dealt))
+    if not 1 <= batch_size <= least:
+        raise DataError(f'batch_size {batch_size} does not fit the smallest '
+                        f'shard of {least} images: 1 to {least} does')
     return [
         Batches(images, labels, indices, batch_size, seed * 1009 + i, device)
         for i, indices in enumerate(dealt)
     ]
 
 
-def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5, least=1):
+def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5):
     """Chooses training images for `k` MACHs: k int64 tensors of indices.
 
     The kind 'full' puts every image into every shard. The other kinds put each
@@ -216,8 +226,8 @@ def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5, least=1):
 
     With 'skewed', each class is dealt by a Dirichlet(`skew`) draw over the
     MACHs (Hsu et al. 2019, arXiv 1909.06335, draws classes for each MACH
-    instead). Before that, 2% of each class are dealt evenly, or more, so that
-    a shard has `least` images and one of each class.
+    instead). Before that, 2% of each class are dealt evenly, or one image for
+    each MACH if that is more.
 
     Raises DataError if k is below 1 or shards would lack a class.
     """
@@ -240,7 +250,7 @@ def make_shards(labels, k, kind='disjoint', seed=0, skew=0.5, least=1):
     draws, shards = numpy.random.default_rng(seed), [[] for _ in range(k)]
     for members in by_class:
         n = len(members)
-        even = min(n, max(n // 50, k * math.ceil(least / CLASSES)))
+        even = max(n // 50, k)
         ends = draws.dirichlet([skew] * k).cumsum()[:-1] * (n - even)
         parts = members[even:].tensor_split(ends.round().astype(int).tolist())
         for i, part in enumerate(parts):
@@ -263,14 +273,11 @@ class Batches:
     epoch and end in the next, so all batches have the same size.
 
     Takes images uint8 [N, 784], labels int64 [N] and the shard's indices [n].
-    Raises DataError if batch_size is not in 1 .. n. The attribute `classes` has
-    the shard's number of images of each class, [10].
+    `batch_size` is 1 to n. The attribute `classes` has the shard's number of
+    images of each class, [10].
     """
 
     def __init__(self, images, labels, indices, batch_size, seed, device='cpu'):
-        if not 1 <= batch_size <= len(indices):
-            raise DataError(f'batch_size {batch_size} does not fit a shard of '
-                            f'{len(indices)} images: 1 to {len(indices)} does')
         self._images, self._labels = images.to(device), labels.to(device)
         self._indices, self._size = indices, batch_size
         self.classes = labels[indices].bincount(minlength=CLASSES)

@@ -181,14 +181,21 @@ def _still(monkeypatch):
     patch_trainers(monkeypatch, 'make_optimiser', lambda *_: (Still(), Still()))
 
 
-@pytest.fixture(name='no_hang')
-def _no_hang():
-    """Fails a test that takes 90 seconds."""
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
-    signal.alarm(90)
+@pytest.fixture(autouse=True)
+def _signals():
+    """Fails a test that takes minutes. No signal is ignored, even under nohup.
+
+    A process inherits which signals are ignored: here, none.
+    """
+    handlers = dict.fromkeys([signal.SIGTERM, signal.SIGHUP], signal.SIG_DFL)
+    handlers[signal.SIGINT] = signal.default_int_handler
+    handlers[signal.SIGALRM] = lambda *_: pytest.fail('it hangs')
+    before = {one: signal.signal(one, handlers[one]) for one in handlers}
+    signal.alarm(4 * LONG)
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 class Clock:
@@ -427,7 +434,7 @@ def _run_here(monkeypatch, dataset):
     def run_here(experiment, *words):
         main, before = load_main(experiment), threading.enumerate()
         out, err = io.StringIO(), io.StringIO()
-        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
         handlers = [signal.getsignal(number) for number in numbers]
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'stdout', out)
@@ -437,17 +444,12 @@ def _run_here(monkeypatch, dataset):
             patch.setattr(metrics, 'FAILED', [])
             if '--data=' not in ' '.join(words):
                 patch.setattr(data, 'load', lambda *_: dataset)
-            signal.signal(signal.SIGALRM, lambda *_: pytest.fail('it hangs'))
-            signal.alarm(2 * LONG)
             try:
                 code = main.main([*TINY, *words])
             except SystemExit as stopped:
                 code = stopped.code
-            finally:
-                signal.alarm(0)
-                now = list(map(signal.getsignal, numbers))
-                assert now[:3] == handlers[:3]  # a notebook keeps its own
-                list(map(signal.signal, numbers, handlers))
+            # A notebook keeps its own.
+            assert list(map(signal.getsignal, numbers)) == handlers
             for thread in set(threading.enumerate()) - set(before):
                 thread.join(LONG)
                 assert not thread.is_alive()

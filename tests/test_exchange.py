@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import WIDTH, Clock, Sink, draw, make_lone, make_many
 
-pytestmark = pytest.mark.usefixtures('no_hang')
 both_inputs = pytest.mark.parametrize('inputs', ['synthetic', 'real'])
 
 

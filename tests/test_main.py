@@ -546,11 +546,12 @@ def test_a_signal_ends_with_the_results_so_far(run_here, before, experiment,
 
     before(experiment, 'step', lambda one, *_: send('steps', one.steps_taken))
     before(experiment, 'evaluate', lambda *args: send('images', len(args[2])))
-    steps = 6 if count == 200 else 100000
+    steps = 6 if count == 200 else 1000
     code, log, err = run_here(experiment, f'--steps={steps}',
                               '--evaluate_every=3')
     assert (code, err) == (128 + number, '')
-    assert log.mean['steps'] > 0 and log.mean['real'] >= 0
+    assert 0 < log.mean['steps'] < steps + (count == 200)
+    assert log.mean['real'] >= 0
     assert len(log.finals) == log.hparams.get('k', 1) + 1
 
 
@@ -563,8 +564,8 @@ def test_a_signal_while_a_mach_hangs(run_here, before, experiment):
             assert wait_until(lambda: 'mach mean' in sys.stdout.getvalue())
 
     before(experiment, 'step', hang)
-    code, log, err = run_here(experiment, '--k=4', '--steps=100000')
-    assert (code, err) == (130, '')
+    code, log, err = run_here(experiment, '--k=4', '--steps=3000')
+    assert (code, err) == (130, '') and log.mean['steps'] < 3000
     nan = [math.isnan(final['real']) for final in log.finals]
     assert nan == [False, True, False, False, True]
 

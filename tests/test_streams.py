@@ -87,6 +87,14 @@ def test_a_library_gets_its_handlers_back():
     assert signal.getsignal(TERM) == before
 
 
+def test_tests_send_signals_under_nohup_too():
+    """The test above fails where SIGTERM is ignored."""
+    command = ['sh', '-c', 'trap "" INT TERM HUP; exec "$@"', 'sh']
+    command += [sys.executable, '-m', 'pytest', '--numprocesses=0', __file__]
+    command += ['-k', test_a_library_gets_its_handlers_back.__name__]
+    subprocess.run(command, check=True)
+
+
 # -------------------------------------------------------------------- streams
 
 

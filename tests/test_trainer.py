@@ -17,7 +17,6 @@ from torch.nn import functional
 FOLDERS = conftest.SYNCHRONOUS + conftest.ASYNCHRONOUS
 RATE = 0.3  # of plain gradient descent
 
-pytestmark = pytest.mark.usefixtures('no_hang')
 all_folders = pytest.mark.parametrize('folder', FOLDERS)
 multiple = pytest.mark.parametrize('folder', FOLDERS[1:])
 asynchronous = pytest.mark.parametrize('folder', conftest.ASYNCHRONOUS)
