@@ -460,17 +460,6 @@ def test_torchrun_is_refused_where_there_is_one_process(run_here, monkeypatch,
     check_refused(run_here, experiment, [], 'without torchrun')
 
 
-@every_experiment
-def test_help_names_every_hyperparameter(capsys, experiment):
-    main = conftest.load_main(experiment)
-    with pytest.raises(SystemExit, match='0'):
-        main.main(['--help'])
-    out, err = capsys.readouterr()
-    assert err == '' and f'python {experiment}/main.py' in out
-    for name, field in hyperparameters(experiment).items():
-        assert f'--{name}' in out and field.metadata['reason'].split()[0] in out
-
-
 # ----------------------------------------------------------- a MACH that fails
 
 
@@ -582,10 +571,11 @@ def test_a_library_has_no_main_thread_and_no_auto(experiment, monkeypatch,
 
 
 @asynchronous
-def test_a_dry_run_keeps_the_logs(run_here, tmp_path, experiment):
+def test_logs_of_an_earlier_run_stay(run_here, tmp_path, experiment):
     (tmp_path / 'process0.txt').write_text('old')
-    words = [f'--log_folder={tmp_path}', '--dry_run=True']
-    assert run_here(experiment, *words)[0] == 0
+    words = [f'--log_folder={tmp_path}']
+    assert run_here(experiment, *words, '--dry_run=True')[0] == 0
+    check_refused(run_here, experiment, words, 'File exists')
     assert (tmp_path / 'process0.txt').read_text() == 'old'
 
 

@@ -113,24 +113,6 @@ def test_messages_arrive_as_they_were_and_images_as_bytes(noise, size):
                 assert one == other
 
 
-def test_a_state_dict_arrives_as_it_is():
-    network = torch.nn.Sequential(torch.nn.Linear(4, 3),
-                                  torch.nn.BatchNorm1d(3))
-    network.register_buffer('nothing', torch.empty(0, 2).bfloat16())
-    network(torch.randn(8, 4))
-    tally = metrics.Tally(3)
-    tally.dropped = 5
-    snapshot = KGRAPH.trainer.Snapshot(tally, network, ended=True)
-    arrived, _ = carried(processes.Status(3, snapshot, [], True, 0))
-    counts, state, *rest = arrived.snapshot
-    assert counts == tally.state_dict() and rest == [None, True, False]
-    for (name, one), (key, other) in zip(network.state_dict().items(),
-                                         state.items(),
-                                         strict=True):
-        assert name == key and torch.equal(one, other)
-        assert one.dtype == other.dtype
-
-
 def test_links_deliver_both_ways_and_the_sender_counts_losses(nodes):
     two = pair(nodes, loss_rate=0.5)
     for sender, receiver in two, two[::-1]:
