@@ -348,22 +348,13 @@ def differs(log, groups, hidden=()):
 
 
 def lines(logs, *hidden):
-    """Label -> logs that are alike, but for `hidden` and the commit.
-
-    A figure may be recorded bit by bit, so its runs may have several commits.
-    Hyperparameters that the code of some runs did not have are ignored too.
-    """
-    names, found = {}, {}  # experiment -> a set for each log
-    for log in logs:
-        of = names.setdefault(log.run.get('experiment'), [])
-        of.append(set(log.hparams))
-    partial = (set.union(*of) - set.intersection(*of) for of in names.values())
-    hidden = (*hidden, 'commit', *set().union(*partial))
+    """Label -> logs that are alike, but for `hidden` and the commit."""
+    hidden, found = (*hidden, 'commit'), {}
     groups = group(logs, hidden)
     for same in groups:
         words = str(same[0].run.get('experiment')), differs(
             same[0], groups, hidden)
-        found[', '.join(filter(None, words))] = same
+        found.setdefault(', '.join(filter(None, words)), []).extend(same)
     return found
 
 

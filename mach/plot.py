@@ -45,8 +45,8 @@ def obstacle(picture):
     return 'it needs matplotlib: pip install matplotlib' if missing else None
 
 
-def draw_curves(axes, panel, logs, swept):
-    """Draws the lines of a panel, each in its band."""
+def draw_curves(axes, panel, logs, swept, looks):
+    """Draws the lines of a panel; looks: label -> its number in the figure."""
     x, fields, *_ = PANELS[panel]
     by, found = 'step', metrics.lines(logs)
     axes.set(xlabel=f'{panel} (solid: real, dashed: synthetic)')
@@ -58,12 +58,13 @@ def draw_curves(axes, panel, logs, swept):
             axes.set_xscale('symlog', linthresh=least)
         axes.set_xticks(values, map('{:g}'.format, values))
         axes.set(xlabel=f'{x} ({SWEPT[x]})')
-    for i, (label, same) in enumerate(found.items()):
-        look = dict(color=COLOURS[i % len(COLOURS)], linewidth=1)
+    for label, same in found.items():
         for y in fields.split():
             points = metrics.curve(same, by, x, y)
             if points:
                 xs, means, stds = numpy.transpose(points)
+                i = looks.setdefault(label, len(looks))
+                look = dict(color=COLOURS[i % len(COLOURS)], linewidth=1)
                 low, high = means - stds, means + stds
                 axes.fill_between(xs, low, high, alpha=0.2, **look)
                 form = MARKERS[i % len(MARKERS)] + DASHES[y]
@@ -124,13 +125,13 @@ def make_figure(logs, panels=None):
     # Two panels share a row; a last one has the whole row.
     rows = [(shown[i:i + 2] * 2)[:2] for i in range(0, len(shown), 2)]
     whole = figure.Figure((7, 2.8 * len(rows)), layout='constrained')
-    handles = {}
+    handles, looks = {}, {}
     for panel, axes in whole.subplot_mosaic(rows).items():
         axes.set(ylabel=PANELS[panel][2])
         if panel in ('worth', 'classes'):
             draw_matrix(axes, panel, logs[0])
         else:
-            draw_curves(axes, panel, logs, (varying or [None])[0])
+            draw_curves(axes, panel, logs, (varying or [None])[0], looks)
         handles |= {line.get_label(): line for line in reversed(axes.lines)}
     if handles:
         whole.legend(handles.values(), handles, bbox_to_anchor=(0, 0), loc=2)
