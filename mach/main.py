@@ -20,6 +20,7 @@ so far.
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -60,6 +61,22 @@ FIGURES = dict(
              '--seeds 0,1,2 --steps 1500 --evaluate_every 100'),
 )
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+# Checks the runs of the experiment in a folder, in one process: to import torch
+# and to load the data takes seconds. That folder may have another `mach`.
+CHECK = '''import functools, json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+runs, sys.path[0] = json.load(sys.stdin), sys.argv.pop()
+import main
+if 'mach.data' in sys.modules:
+    data = sys.modules['mach.data']
+    data.load = functools.cache(data.load)
+for words in runs:
+    try:
+        sys.exit(main.main([*words, '--dry_run=True']))
+    except SystemExit as end:
+        if end.code:
+            raise
+'''
 STOP_SECONDS = 20  # An experiment may take this long to end after a signal.
 
 
@@ -125,8 +142,7 @@ def find(name):
 
 
 def read_words(words):
-    """Options, path -> hyperparameters of an experiment, those that are given.
-    """
+    """Options, path -> hyperparameters of an experiment, those given."""
     parser = make_parser()
     options, _ = parser.parse_known_args(words)
     if options.record:
@@ -218,15 +234,14 @@ def plan(options, chosen, given):
             # Without a buffer, a line is shown when it is printed.
             jobs[log] = [sys.executable, '-u', str(path)]
             jobs[log] += [f'--{k}={v}' for k, v in run_values.items()]
-            checks.setdefault((path.parent.name, run_values.get('k')),
-                              jobs[log])
+            checks.setdefault(path.parent, []).append(jobs[log][3:])
     # The first check may download the data, so they do not run at once.
-    for (name, _), command in checks.items():
-        if subprocess.run([*command, '--dry_run=True'],
-                          stdin=subprocess.DEVNULL,
+    for folder, runs in checks.items():
+        if subprocess.run([sys.executable, '-c', CHECK, folder],
+                          input=json.dumps(runs).encode(),
                           stdout=subprocess.DEVNULL,
                           check=False).returncode:
-            fail(f'{name} cannot run, so nothing was run')
+            fail(f'{folder.name} cannot run, so nothing was run')
     try:
         for log in jobs:
             log.parent.mkdir(parents=True, exist_ok=True)
