@@ -12,9 +12,9 @@ Any other --name value is a hyperparameter. It goes to each chosen experiment
 that has it. --plot also draws the logs of runs. --record keeps its logs in
 .results/<figure>; when repeated, it runs only what is missing there. stdout
 shows the logs of the experiments, then the table; all else goes to stderr. Exit
-code: 0 done, 1 an experiment or stdout failed, 2 a bad option, 130 Ctrl-C, 129
-SIGHUP, 143 SIGTERM. After a signal the running experiment ends with its results
-so far.
+code: 0 done, 1 an experiment or stdout failed, 2 a bad option or no log counts,
+130 Ctrl-C, 129 SIGHUP, 143 SIGTERM. After a signal the running experiment ends
+with its results so far.
 """
 
 import argparse
@@ -339,19 +339,14 @@ def compare(logs):
             metrics.warn(f'{log.name}: {metrics.flaw(log)}, left out')
     counted = [log for log in logs if not metrics.flaw(log)]
     names = [log.run.get('experiment') for log in counted]
-
-    def rank(log):
-        k = str(log.hparams.get('k', ''))
-        return names.index(log.run.get('experiment')), len(k), k
-
-    counted.sort(key=rank)
+    counted.sort(key=lambda log: (names.index(log.run.get('experiment')),
+                                  log.hparams.get('k', 0)))
     found = [[*same, *metrics.without_edges(same[0], counted)]
              for same in metrics.group(counted)
              if not metrics.isolated(same[0])]
     paired = [log for same in found for log in same]
     found += metrics.group([log for log in counted if log not in paired])
     found.sort(key=lambda same: min(map(counted.index, same)))
-    columns = 'connected', 'dataset', 'k'
     rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
              'seconds', 'differs in')]
     for same in found:
@@ -371,7 +366,7 @@ def compare(logs):
         row += [same[0].hparams.get('k', '-'), len(runs)]
         row += [cell(connected, 'real'), cell(connected, 'synthetic'), alone]
         row += [cell(runs, 'seconds', 1)]
-        row += [metrics.differs(same[0], found, columns)]
+        row += [metrics.differs(same[0], found, ('connected', 'dataset', 'k'))]
         commits = [str(log.run.get('commit')) for log in same]
         dirty = [commit for commit in commits if commit.endswith('-dirty')]
         if len(dirty) > 1:

@@ -6,6 +6,7 @@ runs of a line may have several commits. matplotlib is optional.
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -62,9 +63,9 @@ def draw_curves(axes, panel, logs, swept, looks):
         for y in fields.split():
             points = metrics.curve(same, by, x, y)
             if points:
-                xs, means, stds = numpy.transpose(points)
                 i = looks.setdefault(label, len(looks))
                 look = dict(color=COLOURS[i % len(COLOURS)], linewidth=1)
+                xs, means, stds = numpy.transpose(points)
                 low, high = means - stds, means + stds
                 axes.fill_between(xs, low, high, alpha=0.2, **look)
                 form = MARKERS[i % len(MARKERS)] + DASHES[y]
@@ -77,16 +78,17 @@ def draw_curves(axes, panel, logs, swept, looks):
 def draw_matrix(axes, panel, log):
     """Draws worth [mach, child] or classes [mach, class] of one log."""
     rows = [str(shard['classes']).split(',') for shard in log.shards]
-    rows, form = numpy.array(rows, float), '.0f'
+    rows = numpy.array([*itertools.zip_longest(*rows, fillvalue='nan')],
+                       float).T
     if panel == 'worth':
-        rows, form = numpy.full((len(rows), len(rows)), math.nan), '.2f'
+        rows = numpy.full((len(rows), len(rows)), math.nan)
         for edge in log.edges:
             rows[edge['mach'], edge['child']] = edge['worth']
     most = numpy.nanmax(abs(rows)) or 1
     look = dict(vmin=-most, vmax=most, alpha=0.6, aspect='auto')
     image = axes.imshow(rows, 'PuOr', **look)
-    unit = dict(worth='points', classes='images')[panel]
-    axes.set(title=f'{panel}, {unit}, seed {log.run["seed"]}')
+    unit, form = dict(worth=('points', '.2f'), classes=('images', '.0f'))[panel]
+    axes.set(title=f'{panel}, {unit}, seed {log.run.get("seed")}')
     axes.set(xlabel=PANELS[panel][1])
     if len(rows) > 12:
         axes.figure.colorbar(image, ax=axes)
