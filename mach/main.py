@@ -404,16 +404,14 @@ def main(words):
     for path in paths:
         try:
             logs.append(metrics.read_log(path))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             say(f'{error}, left out')
             status = status or int(bool(jobs))
-        except OSError as error:
-            fail(error)
-    if options.compare and not logs:
-        fail('--compare: no log is left')
     table = compare(logs)
     if '\n' in table:  # there are rows below its head
         print('\n' * bool(jobs) + table, flush=True)
+    elif options.compare:
+        fail('--compare: no log is left')
     if options.plot:
         counted = [log for log in logs if not metrics.flaw(log)]
         try:

@@ -285,8 +285,11 @@ def read_log(path):
         OSError: the file cannot be read.
         ValueError: as `parse_log`.
     """
-    with open(path, encoding='utf-8', errors='replace') as file:
-        text = file.read()
+    with open(path, 'rb') as file:
+        data = file.read()
+    # A shell on Windows may write UTF-16, or a byte-order mark.
+    code = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
+    text = re.sub('\r\n?', '\n', data.decode(code, 'replace'))
     return parse_log(text[:text.rfind('\n') + 1], str(path))
 
 

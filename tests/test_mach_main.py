@@ -1,6 +1,7 @@
 """mach/main.py, on experiments that only print a log."""
 
 import dataclasses
+import gzip
 import os
 import pathlib
 import re
@@ -125,9 +126,11 @@ def test_runs_in_order_saves_and_compares(tmp_path):
     assert 'l/m/b.txt' in err and 'progress of b' in err
     code, _, err = launch(*words)
     assert code == 2 and 'l/m/b.txt must not exist' in err
-    (tmp_path / 'notes').write_text('Notes\n')
-    assert launch('--compare', 'notes',
-                  *logs) == (0, rows, 'mach: notes: no run line, left out\n')
+    (tmp_path / 'gz').write_bytes(gzip.compress(b'notes'))
+    code, out, err = launch('--compare', 'gz', 'l', 'nowhere', *logs)
+    assert (code, out) == (0, rows)
+    named = re.findall('mach: .*(gz|l|nowhere)\\b.*, left out', err)
+    assert named == ['gz', 'l', 'nowhere']
 
 
 def test_two_started_at_once_have_logs_of_their_own():
@@ -183,13 +186,15 @@ def test_seeds_and_isolated_have_files_of_their_own():
     ('--only a --seeds 0,0', 'a.seed0 is asked for twice'),
     ('--only a --logs bad.txt', 'bad.txt'),
     ('--compare bad.txt nowhere.txt', 'nowhere.txt'),
-    ('--compare bad.txt', 'no log is left'),
+    ('--compare bad.txt failed.txt', 'no log is left'),
     ('--compare bad.txt --k 5', '--k'),
 ])
 def test_a_mistake_ends_it_before_anything_runs(tmp_path, monkeypatch, capsys,
                                                 words, said):
     make('a'), make('other/a')
     (tmp_path / 'bad.txt').write_text('no log\n')
+    failed = 'run  experiment a\nfinal  mach mean  seconds nan\n'
+    (tmp_path / 'failed.txt').write_text(failed)
     monkeypatch.setattr(main, 'run', lambda *job: pytest.fail(f'ran {job}'))
     with pytest.raises(SystemExit) as caught:
         main.main(words.split())

@@ -128,6 +128,9 @@ def test_a_log_is_read_but_for_unknown_kinds_and_a_cut_line(tmp_path):
     assert metrics.read_log(path).skipped == 4
     path.write_text('\n'.join(LINES[:-2]))
     assert metrics.read_log(path).mean is None
+    for code in 'utf-8-sig', 'utf-16':  # of a shell on Windows
+        path.write_text('\n'.join(LINES) + '\n', code, newline='\r\n')
+        assert metrics.read_log(path).mean == MEAN
 
 
 def test_what_is_said_is_a_log(capsys, monkeypatch):
