@@ -212,7 +212,8 @@ def test_values_are_checked_with_data_that_are_loaded_once(
     with pytest.raises(SystemExit):
         main.main(words.split())
     err = capfd.readouterr().err
-    assert err.count('cannot get MNIST') == 1 and "not 'abc'" in err
+    assert err.count('cannot get MNIST') == 1
+    assert re.search(f'{pathlib.Path(name).name}: --learning_rate: .*abc', err)
 
 
 @pytest.mark.parametrize('code, status, shown', [(3, 1, 'ac'), (0, 0, 'ac'),
