@@ -12,14 +12,15 @@ Any other --name value is a hyperparameter. It goes to each chosen experiment
 that has it. --plot also draws the logs of runs. --record keeps its logs in
 .results/<figure>; when repeated, it runs only what is missing there. stdout
 shows the logs of the experiments, then the table; all else goes to stderr. Exit
-code: 0 done, 1 an experiment or stdout failed, 2 a bad option, 130 Ctrl-C, 129
-SIGHUP, 143 SIGTERM. After a signal the running experiment ends with its results
-so far.
+code: 0 done, 1 an experiment or stdout failed, 2 a bad option or no log counts,
+130 Ctrl-C, 129 SIGHUP, 143 SIGTERM. After a signal the running experiment ends
+with its results so far.
 """
 
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -59,6 +60,23 @@ FIGURES = dict(
     seconds=('--only synchronous_single asynchronous_kgraph tests/plain '
              '--seeds 0,1,2 --steps 1500 --evaluate_every 100'),
 )
+# Checks the runs of the experiment in a folder, in one process: to import torch
+# and to load the data takes seconds. That folder may have another `mach`.
+CHECK = '''import functools, json, signal, sys
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import
+runs, sys.path[0] = json.load(sys.stdin), sys.argv.pop()
+import main
+if 'mach.data' in sys.modules:
+    data = sys.modules['mach.data']
+    data.load = functools.cache(data.load)
+for words in runs:
+    try:
+        sys.exit(main.main([*words, '--dry_run=True']))
+    except SystemExit as end:
+        if end.code:
+            raise
+'''
 STOP_SECONDS = 20  # An experiment may take this long to end after a signal.
 
 
@@ -124,8 +142,7 @@ def find(name):
 
 
 def read_words(words):
-    """Options, path -> hyperparameters of an experiment, those that are given.
-    """
+    """Options, path -> hyperparameters of an experiment, those given."""
     parser = make_parser()
     options, _ = parser.parse_known_args(words)
     if options.record:
@@ -217,15 +234,14 @@ def plan(options, chosen, given):
             # Without a buffer, a line is shown when it is printed.
             jobs[log] = [sys.executable, '-u', str(path)]
             jobs[log] += [f'--{k}={v}' for k, v in run_values.items()]
-            checks.setdefault((path.parent.name, run_values.get('k')),
-                              jobs[log])
+            checks.setdefault(path.parent, []).append(jobs[log][3:])
     # The first check may download the data, so they do not run at once.
-    for (name, _), command in checks.items():
-        if subprocess.run([*command, '--dry_run=True'],
-                          stdin=subprocess.DEVNULL,
+    for folder, runs in checks.items():
+        if subprocess.run([sys.executable, '-c', CHECK, folder],
+                          input=json.dumps(runs).encode(),
                           stdout=subprocess.DEVNULL,
                           check=False).returncode:
-            fail(f'{name} cannot run, so nothing was run')
+            fail(f'{folder.name} cannot run, so nothing was run')
     try:
         for log in jobs:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -324,19 +340,14 @@ def compare(logs):
             metrics.warn(f'{log.name}: {metrics.flaw(log)}, left out')
     counted = [log for log in logs if not metrics.flaw(log)]
     names = [log.run.get('experiment') for log in counted]
-
-    def rank(log):
-        k = str(log.hparams.get('k', ''))
-        return names.index(log.run.get('experiment')), len(k), k
-
-    counted.sort(key=rank)
+    counted.sort(key=lambda log: (names.index(log.run.get('experiment')),
+                                  log.hparams.get('k', 0)))
     found = [[*same, *metrics.without_edges(same[0], counted)]
              for same in metrics.group(counted)
              if not metrics.isolated(same[0])]
     paired = [log for same in found for log in same]
     found += metrics.group([log for log in counted if log not in paired])
     found.sort(key=lambda same: min(map(counted.index, same)))
-    columns = 'connected', 'dataset', 'k'
     rows = [('experiment', 'dataset', 'k', 'n', 'real', 'synthetic', 'isolated',
              'seconds', 'differs in')]
     for same in found:
@@ -356,7 +367,7 @@ def compare(logs):
         row += [same[0].hparams.get('k', '-'), len(runs)]
         row += [cell(connected, 'real'), cell(connected, 'synthetic'), alone]
         row += [cell(runs, 'seconds', 1)]
-        row += [metrics.differs(same[0], found, columns)]
+        row += [metrics.differs(same[0], found, ('connected', 'dataset', 'k'))]
         commits = [str(log.run.get('commit')) for log in same]
         dirty = [commit for commit in commits if commit.endswith('-dirty')]
         if len(dirty) > 1:
@@ -394,16 +405,14 @@ def main(words):
     for path in paths:
         try:
             logs.append(metrics.read_log(path))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             say(f'{error}, left out')
             status = status or int(bool(jobs))
-        except OSError as error:
-            fail(error)
-    if options.compare and not logs:
-        fail('--compare: no log is left')
     table = compare(logs)
     if '\n' in table:  # there are rows below its head
         print('\n' * bool(jobs) + table, flush=True)
+    elif options.compare:
+        fail('--compare: no log is left')
     if options.plot:
         counted = [log for log in logs if not metrics.flaw(log)]
         try:

@@ -56,9 +56,17 @@ RESULTS = ('synthetic', 'real', 'steps', 'rate')
 COMBINE = dict.fromkeys((*RESULTS, 'staleness'), statistics.fmean)
 COMBINE |= dict(staleness_max=max, dropped=sum, seconds=max, lost=sum)
 COMBINE |= dict(in_flight=sum)
-# A line of the log, and the kinds of lines that a reader needs.
+# A line of the log. The kinds of lines that a reader needs, with the forms of
+# what tables and pictures use as numbers. A form with ? allows a missing field.
 LINE = r'\w+(  \w+ \S+( \S+)*)+'
-KINDS = ('run', 'hparams', 'shard', 'step', 'eval', 'final', 'edge')
+WHOLE, NUMBER = r'\d{1,16}', r'\d{1,16}(\.\d+)?(e[+-]\d\d)?'
+SETTINGS = 'k', 'latency', 'loss_rate', 'skew', 'steps'
+MEASURED = dict.fromkeys(DECIMALS, f'(nan|-?{NUMBER})?')
+KINDS = dict(run={}, hparams=dict.fromkeys(SETTINGS, f'({NUMBER})?'))
+KINDS |= dict(shard=dict(mach=WHOLE, classes=f'{WHOLE}(,{WHOLE})*'))
+KINDS |= dict(eval=MEASURED | dict.fromkeys(('step', 'seconds'), NUMBER))
+KINDS |= dict(edge=dict(mach=WHOLE, child=WHOLE, worth=f'nan|-?{NUMBER}'))
+KINDS |= dict(step=MEASURED, final=MEASURED)
 # What people type -> the hyperparameter that they mean.
 SYNONYMS = dict(
     pair.split(':') for pair in (
@@ -235,11 +243,10 @@ class Log:
     """
 
     def __init__(self, name):
-        self.name = name
+        self.name, self.skipped = name, 0
         self.run, self.hparams = {}, {}
         self.shards, self.steps, self.evals = [], [], []
         self.finals, self.edges = [], []
-        self.skipped = 0
 
     @property
     def mean(self):
@@ -264,12 +271,15 @@ def parse_log(text, name='log'):
             kind, fields = parse_line(line)
             if (kind == 'run') == bool(log.run):
                 raise ValueError('the first line of a log is its one run line')
-            if kind in ('step', 'eval', 'final', 'edge') and any(
-                    isinstance(fields.get(key), str) for key in DECIMALS):
-                raise ValueError(f'a word in place of a number: {line!r:.100}')
-            if fields.get('seed', log.run.get('seed')) != log.run.get(
-                    'seed') and kind == 'final':
-                raise ValueError('a line of another run')
+            for key, form in KINDS[kind].items():
+                if not re.fullmatch(form, str(fields.get(key, ''))):
+                    raise ValueError(f'{key} is missing or bad: {line!r:.100}')
+            seed, there = log.run.get('seed'), len(log.shards)
+            if (kind == 'final' and fields.get('seed', seed) != seed or
+                    kind == 'shard' and fields['mach'] != there or
+                    kind == 'edge' and
+                    max(fields['mach'], fields['child']) >= there):
+                raise ValueError('it does not fit the lines above')
         except ValueError as error:
             raise ValueError(f'{name}:{number}: {error}') from None
         if kind in ('run', 'hparams'):
@@ -288,8 +298,11 @@ def read_log(path):
         OSError: the file cannot be read.
         ValueError: as `parse_log`.
     """
-    with open(path, encoding='utf-8', errors='replace') as file:
-        text = file.read()
+    with open(path, 'rb') as file:
+        data = file.read()
+    # A shell on Windows may write UTF-16, or a byte-order mark.
+    code = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
+    text = re.sub('\r\n?', '\n', data.decode(code, 'replace'))
     return parse_log(text[:text.rfind('\n') + 1], str(path))
 
 
@@ -297,7 +310,7 @@ def flaw(log):
     """Why a run does not count, or None."""
     if log.mean is None:
         return 'no final line of mach mean'
-    if any(math.isnan(log.mean.get(key, 0)) for key in RESULTS):
+    if any(math.isnan(log.mean.get(key, 0)) for key in (*RESULTS, 'seconds')):
         return 'a MACH failed'
     steps, asked = log.mean.get('steps', math.inf), log.hparams.get('steps', 0)
     return f'{steps} of {asked} steps' if steps < asked else None
@@ -361,22 +374,13 @@ def differs(log, groups, hidden=()):
 
 
 def lines(logs, *hidden):
-    """Label -> logs that are alike, but for `hidden` and the commit.
-
-    A figure may be recorded bit by bit, so its runs may have several commits.
-    Hyperparameters that the code of some runs did not have are ignored too.
-    """
-    names, found = {}, {}  # experiment -> a set for each log
-    for log in logs:
-        of = names.setdefault(log.run.get('experiment'), [])
-        of.append(set(log.hparams))
-    partial = (set.union(*of) - set.intersection(*of) for of in names.values())
-    hidden = (*hidden, 'commit', *set().union(*partial))
+    """Label -> logs that are alike, but for `hidden` and the commit."""
+    hidden, found = (*hidden, 'commit'), {}
     groups = group(logs, hidden)
     for same in groups:
         words = str(same[0].run.get('experiment')), differs(
             same[0], groups, hidden)
-        found[', '.join(filter(None, words))] = same
+        found.setdefault(', '.join(filter(None, words)), []).extend(same)
     return found
 
 
@@ -392,11 +396,11 @@ def curve(logs, by, x, y):
     for log in logs:
         rates = [final['rate'] for final in log.finals if 'rate' in final]
         slowest = dict(rate=min(rates, default=math.nan))
-        rows = [log.hparams | log.mean | slowest]
+        rows = [log.mean | slowest | {by: log.hparams.get(by)}]
         if by == 'step':  # a resumed run may repeat one: the last line counts
             rows = {line['step']: line for line in log.evals}.values()
         for row in rows:
-            if by in row and not math.isnan(row.get(y, math.nan)):
+            if row[by] is not None and not math.isnan(row.get(y, math.nan)):
                 values.setdefault(row[by], []).append((row[x], row[y]))
     for _, pairs in sorted(values.items()):
         xs, ys = zip(*pairs)

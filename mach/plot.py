@@ -6,6 +6,7 @@ runs of a line may have several commits. matplotlib is optional.
 """
 
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -45,8 +46,8 @@ def obstacle(picture):
     return 'it needs matplotlib: pip install matplotlib' if missing else None
 
 
-def draw_curves(axes, panel, logs, swept):
-    """Draws the lines of a panel, each in its band."""
+def draw_curves(axes, panel, logs, swept, looks):
+    """Draws the lines of a panel; looks: label -> its number in the figure."""
     x, fields, *_ = PANELS[panel]
     by, found = 'step', metrics.lines(logs)
     axes.set(xlabel=f'{panel} (solid: real, dashed: synthetic)')
@@ -58,11 +59,12 @@ def draw_curves(axes, panel, logs, swept):
             axes.set_xscale('symlog', linthresh=least)
         axes.set_xticks(values, map('{:g}'.format, values))
         axes.set(xlabel=f'{x} ({SWEPT[x]})')
-    for i, (label, same) in enumerate(found.items()):
-        look = dict(color=COLOURS[i % len(COLOURS)], linewidth=1)
+    for label, same in found.items():
         for y in fields.split():
             points = metrics.curve(same, by, x, y)
             if points:
+                i = looks.setdefault(label, len(looks))
+                look = dict(color=COLOURS[i % len(COLOURS)], linewidth=1)
                 xs, means, stds = numpy.transpose(points)
                 low, high = means - stds, means + stds
                 axes.fill_between(xs, low, high, alpha=0.2, **look)
@@ -76,16 +78,17 @@ def draw_curves(axes, panel, logs, swept):
 def draw_matrix(axes, panel, log):
     """Draws worth [mach, child] or classes [mach, class] of one log."""
     rows = [str(shard['classes']).split(',') for shard in log.shards]
-    rows, form = numpy.array(rows, float), '.0f'
+    rows = numpy.array([*itertools.zip_longest(*rows, fillvalue='nan')],
+                       float).T
     if panel == 'worth':
-        rows, form = numpy.full((len(rows), len(rows)), math.nan), '.2f'
+        rows = numpy.full((len(rows), len(rows)), math.nan)
         for edge in log.edges:
             rows[edge['mach'], edge['child']] = edge['worth']
     most = numpy.nanmax(abs(rows)) or 1
     look = dict(vmin=-most, vmax=most, alpha=0.6, aspect='auto')
     image = axes.imshow(rows, 'PuOr', **look)
-    unit = dict(worth='points', classes='images')[panel]
-    axes.set(title=f'{panel}, {unit}, seed {log.run["seed"]}')
+    unit, form = dict(worth=('points', '.2f'), classes=('images', '.0f'))[panel]
+    axes.set(title=f'{panel}, {unit}, seed {log.run.get("seed")}')
     axes.set(xlabel=PANELS[panel][1])
     if len(rows) > 12:
         axes.figure.colorbar(image, ax=axes)
@@ -124,13 +127,13 @@ def make_figure(logs, panels=None):
     # Two panels share a row; a last one has the whole row.
     rows = [(shown[i:i + 2] * 2)[:2] for i in range(0, len(shown), 2)]
     whole = figure.Figure((7, 2.8 * len(rows)), layout='constrained')
-    handles = {}
+    handles, looks = {}, {}
     for panel, axes in whole.subplot_mosaic(rows).items():
         axes.set(ylabel=PANELS[panel][2])
         if panel in ('worth', 'classes'):
             draw_matrix(axes, panel, logs[0])
         else:
-            draw_curves(axes, panel, logs, (varying or [None])[0])
+            draw_curves(axes, panel, logs, (varying or [None])[0], looks)
         handles |= {line.get_label(): line for line in reversed(axes.lines)}
     if handles:
         whole.legend(handles.values(), handles, bbox_to_anchor=(0, 0), loc=2)

@@ -1,6 +1,7 @@
 """mach/main.py, on experiments that only print a log."""
 
 import dataclasses
+import gzip
 import os
 import pathlib
 import re
@@ -15,10 +16,11 @@ import conftest
 from mach import main
 
 MAIN = str(conftest.ROOT / 'mach' / 'main.py')
-# An experiment that prints a log without training. It refuses a k above 9.
+# An experiment that prints a log without training. It refuses a seed above 9.
 FAKE = '''
 import os, signal, subprocess, sys, time
 hparam = print
+print('import', file=sys.stderr)
 class Hyperparameters:
   k: int = hparam(end='')
   seed: int = hparam(end='')
@@ -28,18 +30,21 @@ class Hyperparameters:
   log_every: float = hparam(end='')
   dry_run: bool = hparam(end='')
   note: str = 'no hyperparameter'
-p = dict(k='5', seed='0', connected='True')
-p |= (word[2:].split('=') for word in sys.argv[1:])
-name = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
-print(f'progress of {name}', *sys.argv[1:], file=sys.stderr)
-if 'dry_run' in p:
-  sys.exit(2 if int(p['k']) > 9 else 0)
-print('run  experiment', name, ' seed', p['seed'])
-print('hparams ', '  '.join(f'{key} {value}' for key, value in p.items()))
-BODY
-real = 90 + int(p['k']) + int(p['seed']) - (p['connected'] == 'False')
-for mach in 0, 'mean':
-  print('final  mach', mach, f' synthetic {real - 1}  real {real}  seconds 1.5')
+def main(words):
+  p = dict(k='5', seed='0', connected='True')
+  p |= (word[2:].split('=') for word in words)
+  name = os.path.basename(os.path.dirname(os.path.abspath(__file__)))
+  print(f'progress of {name}', *words, file=sys.stderr)
+  if 'dry_run' in p:
+    sys.exit(2 if int(p['seed']) > 9 else 0)
+  print('run  experiment', name, ' seed', p['seed'])
+  print('hparams ', '  '.join(f'{key} {value}' for key, value in p.items()))
+  BODY
+  real = 90 + int(p['k']) + int(p['seed']) - (p['connected'] == 'False')
+  for mach in 0, 'mean':
+    print(f'final  mach {mach}  real {real}  synthetic {real - 1}  seconds 1.5')
+if __name__ == '__main__':
+  main(sys.argv[1:])
 '''
 # Both end before long even if a test fails.
 SLEEP = 'print(f"step  1  mach {os.getpid()}"); time.sleep(20)'
@@ -56,7 +61,8 @@ def empty_folder(tmp_path, monkeypatch):
 def make(name, body='', lacks='nothing'):
     """Writes an experiment that lacks a hyperparameter; returns its name."""
     pathlib.Path(name).mkdir(parents=True)
-    text = FAKE.replace('BODY', body).replace(f'{lacks}:', '#')
+    text = FAKE.replace('BODY', body.replace('\n', '\n  '))
+    text = text.replace(f'{lacks}:', '#')
     pathlib.Path(name, 'main.py').write_text(text)
     return name
 
@@ -120,9 +126,11 @@ def test_runs_in_order_saves_and_compares(tmp_path):
     assert 'l/m/b.txt' in err and 'progress of b' in err
     code, _, err = launch(*words)
     assert code == 2 and 'l/m/b.txt must not exist' in err
-    (tmp_path / 'notes').write_text('Notes\n')
-    assert launch('--compare', 'notes',
-                  *logs) == (0, rows, 'mach: notes: no run line, left out\n')
+    (tmp_path / 'gz').write_bytes(gzip.compress(b'notes'))
+    code, out, err = launch('--compare', 'gz', 'l', 'nowhere', *logs)
+    assert (code, out) == (0, rows)
+    named = re.findall('mach: .*(gz|l|nowhere)\\b.*, left out', err)
+    assert named == ['gz', 'l', 'nowhere']
 
 
 def test_two_started_at_once_have_logs_of_their_own():
@@ -158,7 +166,8 @@ def test_seeds_and_isolated_have_files_of_their_own():
     assert re.findall(r'-> l/(\S+)\.txt', err) == runs
     assert re.findall(r'checkpoint c/(\S+)', out) == runs
     assert re.findall(r'tensorboard t/(\S+)', out) == runs
-    assert re.findall('of (.) .*dry_run', err) == ['a', 'b']
+    checks = ['import', *['of a'] * 4, 'import', *['of b'] * 2]
+    assert re.findall('import|of .', err.split('->')[0]) == checks
     assert [row[3:7] for row in table(out)
            ] == [['2', '97.00 +- 1.41', '96.00 +- 1.41', '96.00 +- 1.41'],
                  ['2', '97.00 +- 1.41', '96.00 +- 1.41', '-']]
@@ -169,7 +178,7 @@ def test_seeds_and_isolated_have_files_of_their_own():
     ('--only a --note 5', 'no option --note; --help'),
     ('--only a --seed 1 --seeds 1,2', '--seed and --seeds'),
     ('--compare bad.txt --seeds 1', '--compare takes'),
-    ('--only a --k 11', 'a cannot run'),
+    ('--only a --seeds 0,11', 'a cannot run'),
     ('--only nowhere', 'nowhere; choose from synchronous_single'),
     ('--only mach', 'no experiment mach'),
     ('--only a other/a', 'a is asked for twice'),
@@ -177,19 +186,34 @@ def test_seeds_and_isolated_have_files_of_their_own():
     ('--only a --seeds 0,0', 'a.seed0 is asked for twice'),
     ('--only a --logs bad.txt', 'bad.txt'),
     ('--compare bad.txt nowhere.txt', 'nowhere.txt'),
-    ('--compare bad.txt', 'no log is left'),
+    ('--compare bad.txt failed.txt', 'no log is left'),
     ('--compare bad.txt --k 5', '--k'),
 ])
 def test_a_mistake_ends_it_before_anything_runs(tmp_path, monkeypatch, capsys,
                                                 words, said):
     make('a'), make('other/a')
     (tmp_path / 'bad.txt').write_text('no log\n')
+    failed = 'run  experiment a\nfinal  mach mean  seconds nan\n'
+    (tmp_path / 'failed.txt').write_text(failed)
     monkeypatch.setattr(main, 'run', lambda *job: pytest.fail(f'ran {job}'))
     with pytest.raises(SystemExit) as caught:
         main.main(words.split())
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == '' and 'usage' not in err
     assert said in err and not (tmp_path / '.runs').exists()
+
+
+@pytest.mark.parametrize('name', ['asynchronous_kgraph', 'tests/averaging'])
+def test_values_are_checked_with_data_that_are_loaded_once(
+        monkeypatch, capfd, name):
+    for pair in conftest.ENVIRONMENT.items():  # no network
+        monkeypatch.setenv(*pair)
+    words = f'--only {name} --data . --learning_rate 0.003,0.001,abc'
+    with pytest.raises(SystemExit):
+        main.main(words.split())
+    err = capfd.readouterr().err
+    assert err.count('cannot get MNIST') == 1
+    assert re.search(f'{pathlib.Path(name).name}: --learning_rate: .*abc', err)
 
 
 @pytest.mark.parametrize('code, status, shown', [(3, 1, 'ac'), (0, 0, 'ac'),

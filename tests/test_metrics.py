@@ -22,6 +22,7 @@ NAN = math.nan
 LINES = '''run  experiment x  dataset MNIST  seed 0  commit 12e4567
 hparams  k 5  rate 0.0012  loss mse  data a b  on True
 shard  mach 0  images 9  classes 5,4
+shard  mach 1  images 9  classes 3,6
 note  a 1
 step  5  mach 0  loss 2.0000  train nan
 step  5  mach 1
@@ -32,7 +33,7 @@ final  mach mean  synthetic 90.50  real 95.50  steps 9  rate 39.5  staleness 2.0
 edge  mach 0  child 1  worth -0.50  staleness 1.50  messages 8  lost 2
 edge  mach 1  child 0  worth nan  staleness nan  messages 0  lost 0
 '''.splitlines()
-FIRST, SECOND, MEAN = (metrics.parse_line(LINES[i])[1] for i in (7, 8, 9))
+FIRST, SECOND, MEAN = (metrics.parse_line(LINES[i])[1] for i in (8, 9, 10))
 
 
 def test_tally_counts(monkeypatch):
@@ -85,13 +86,19 @@ def test_lines_are_written_as_they_are_read():
 
 
 BAD = ('final  real', 'final  real 97 ', 'step  mach 1  400', 'final  a-b 5',
-       'final  real good', 'final  seed 1')
+       'final  real good', 'final  seed 1', 'final  real True',
+       'final  rate inf', 'hparams  k few', f'hparams  k 1{"0" * 50}',
+       'hparams  steps nan', 'hparams  latency -1', 'step  5  loss 1e',
+       'eval  step 5  real 9', 'eval  seconds 5', 'eval  step x  seconds 5',
+       'shard  mach 1  classes 5', 'shard  mach 0',
+       'shard  mach 0  classes 5,x', 'edge  mach 0  child 0')
 
 
 @pytest.mark.parametrize(
     'lines, number',
     [(LINES[1:], 1),
-     (LINES + LINES, 13), *(([LINES[0], line], 2) for line in BAD)])
+     (LINES + LINES, 14), *(([LINES[0], line], 2) for line in BAD),
+     ([*LINES, 'edge  mach 1  child 2  worth 1'], 14)])
 def test_what_is_no_log_is_refused_with_its_place(tmp_path, lines, number):
     path = tmp_path / 'bad.txt'
     path.write_text('\n'.join([*lines, '']), encoding='latin-1')
@@ -111,7 +118,8 @@ def test_a_log_is_read_but_for_unknown_kinds_and_a_cut_line(tmp_path):
     assert log.evals == [dict(step=5, mach='mean', real=90.0, seconds=9.1)]
     assert log.finals == [FIRST, SECOND, log.mean] and log.mean == MEAN
     assert log.skipped == 0 and log.shards == [
-        dict(mach=0, images=9, classes='5,4')
+        dict(mach=0, images=9, classes='5,4'),
+        dict(mach=1, images=9, classes='3,6')
     ]
     assert [edge['worth'] for edge in log.edges][0] == -0.5
     head, *tail = LINES  # a launcher, print() in a fork, a third stream
@@ -120,6 +128,9 @@ def test_a_log_is_read_but_for_unknown_kinds_and_a_cut_line(tmp_path):
     assert metrics.read_log(path).skipped == 4
     path.write_text('\n'.join(LINES[:-2]))
     assert metrics.read_log(path).mean is None
+    for code in 'utf-8-sig', 'utf-16':  # of a shell on Windows
+        path.write_text('\n'.join(LINES) + '\n', code, newline='\r\n')
+        assert metrics.read_log(path).mean == MEAN
 
 
 def test_what_is_said_is_a_log(capsys, monkeypatch):
@@ -127,7 +138,7 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
     dataset.validation_labels, dataset.test_labels = 'ab', 'abc'
     names = 'seed', 'device', 'precision'
     settings = dataclasses.make_dataclass('Settings', names)(3, 'cpu', 'bf16')
-    shards, snapshots, found = [torch.tensor([5, 4])], {}, []
+    shards, snapshots, found = torch.tensor([[5, 4], [3, 6]]), {}, []
     metrics.say_run('x', dataset, settings, shards, 2, processes=3)
     for i, fields in enumerate((FIRST, SECOND)):
         tally = metrics.Tally(i)
@@ -138,7 +149,7 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
     snapshots[0].tally.lost_to = {1: 2}
     snapshots[1].tally.grads = {0: [8, 12]}
     metrics.say_finals('x', dataset, settings, found, snapshots)
-    run, hparams, shard, *finals = capsys.readouterr().out.splitlines()
+    run, hparams, *others = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         'run  experiment x  dataset MNIST  train 4  validation 2  test 3  '
         'seed 3  device cpu  precision bf16  torch 2.*  torchvision .*  '
@@ -146,8 +157,8 @@ def test_what_is_said_is_a_log(capsys, monkeypatch):
         r'processes 3  cpu \w+', run)
     assert hparams == 'hparams  seed 3  device cpu  precision bf16'
     head = 'final  experiment x  dataset MNIST  seed 3'
-    assert shard == LINES[2]
-    assert finals == [line.replace('final', head) for line in LINES[7:]]
+    written = LINES[2:4] + LINES[8:]
+    assert others == [line.replace('final', head) for line in written]
     shown = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(shown))
     metrics.say('step', step=1)

@@ -75,12 +75,20 @@ def test_labels_are_those_of_the_table():
     assert len({(one.get_color(), one.get_marker()) for one in axes.lines}) == 4
 
 
-def test_runs_of_older_code_share_a_line():
-    """It lacked a hyperparameter. Another experiment lacks a second one."""
-    logs = [log(0, evals=EVALS, k=5), log(1, evals=EVALS, k=5, new=2)]
-    logs += [log(2, name='other', evals=EVALS), log(3, evals=EVALS, k=3, new=2)]
-    axes, *_ = draw(logs)
-    assert list(drawn(axes)) == ['x, k 5 -', 'other -', 'x, k 3 -']
+def test_runs_that_differ_are_never_one_line():
+    """Not even if the code of a third run lacked the hyperparameter."""
+    logs = [log(0, evals=EVALS, lr=0), log(1, evals=EVALS, lr=9)]
+    axes, *_ = draw([*logs, log(2, evals=EVALS)])
+    assert list(drawn(axes)) == ['x, lr 0 -', 'x, lr 9 -', 'x, lr - -']
+
+
+def test_a_label_has_one_look_and_a_look_one_label():
+    logs = [log(evals=EVALS, k=i % 2, lr=i // 2) for i in range(34)]
+    lines = [one for axes in draw(logs) for one in axes.lines]
+    looks = [(one.get_color(), one.get_marker()) for one in lines]
+    both = {*zip((one.get_label() for one in lines), looks)}
+    # Each lr is a label without k in the sweeps, and two with k elsewhere.
+    assert len(both) == len(dict(both)) == len(set(looks)) == 17 + 34
 
 
 @pytest.mark.parametrize('values, scale, name', [
@@ -106,12 +114,13 @@ def test_a_sweep(values, scale, name):
 
 
 def test_worth_and_classes():
-    rows = [line('shard', mach=0, classes='1,2'), 'shard  classes 2,1']
+    rows = [line('shard', mach=i, classes=('1,2', '2')[i]) for i in (0, 1)]
     one = log(7, lines=[*rows, line('edge', mach=1, child=0, worth=-1.0)])
     left, right = draw([one], 'worth', 'classes')
     matrix = left.images[0].get_array().filled(8).tolist()
     assert matrix == [[8, 8], [-1, 8]]
-    assert right.images[0].get_array().tolist() == [[1, 2], [2, 1]]
+    matrix = right.images[0].get_array().filled(8).tolist()
+    assert matrix == [[1, 2], [2, 8]]
     assert '-1.00' in [text.get_text() for text in left.texts]
     assert 'seed 7' in left.get_title() and 'seed 7' in right.get_title()
     with pytest.raises(ValueError, match='panel worth needs one log with'):

@@ -142,6 +142,8 @@ def evaluate(network, settings, images, labels):
 
 def main(words):
     """Runs the rival and prints its log; returns the exit status."""
+    kgraph.Hyperparameters, kgraph.EXPERIMENT = Hyperparameters, EXPERIMENT
+    kgraph.__doc__ = __doc__
     settings, stopped = kgraph.read_hyperparameters(words), []
     try:
         dataset = data.load(settings.data, settings.validation)
@@ -189,6 +191,4 @@ def main(words):
 
 
 if __name__ == '__main__':
-    kgraph.Hyperparameters, kgraph.EXPERIMENT = Hyperparameters, EXPERIMENT
-    kgraph.__doc__ = __doc__
     sys.exit(main(sys.argv[1:]))

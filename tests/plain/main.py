@@ -109,6 +109,8 @@ def train(settings, dataset, tally, look=lambda step, network: None):
 
 def main(words):
     """Runs the script and prints its log; returns the exit status."""
+    single.Hyperparameters, single.EXPERIMENT = Hyperparameters, EXPERIMENT
+    single.__doc__ = __doc__
     settings, stopped = single.read_hyperparameters(words), []
     try:
         dataset = data.load(settings.data, settings.validation)
@@ -142,6 +144,4 @@ def main(words):
 
 
 if __name__ == '__main__':
-    single.Hyperparameters, single.EXPERIMENT = Hyperparameters, EXPERIMENT
-    single.__doc__ = __doc__
     sys.exit(main(sys.argv[1:]))
