@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import socket
 import tempfile
 import threading
@@ -244,14 +243,6 @@ def test_interrupt_while_saving_leaves_no_half_file(raw, offline, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         data.load(raw.parent.parent)
     assert names(raw) == before
-
-
-def test_interrupt_ends_a_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.MNIST, 'download', lambda _: None)
-    monkeypatch.setattr(threading.Thread, 'join',
-                        lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        data.load(tmp_path)
 
 
 @pytest.mark.parametrize(

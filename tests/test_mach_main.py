@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -131,11 +130,6 @@ def test_runs_in_order_saves_and_compares(tmp_path):
     assert (code, out) == (0, rows)
     named = re.findall('mach: .*(gz|l|nowhere)\\b.*, left out', err)
     assert named == ['gz', 'l', 'nowhere']
-
-
-def test_two_started_at_once_have_logs_of_their_own():
-    assert re.search(r'-> \.runs/\d+-\d+-\d+/a\.txt',
-                     launch('--only', make('a'))[2])
 
 
 def test_a_figure_runs_what_is_missing_alone(tmp_path):
@@ -263,15 +257,6 @@ def test_a_grandchild_that_keeps_the_output_open_is_not_waited_for():
     body = ('print("step  1  mach", os.getpid()); subprocess.Popen(["sleep", '
             '"20"], stderr=subprocess.DEVNULL)')
     assert disturb(body, lambda process: None)[0] == 0
-
-
-def test_the_last_line_before_the_end_is_shown(tmp_path, capsys):
-    log = tmp_path / 'log'
-    log.write_text('')
-    with open(log, 'rb') as file:
-        process = types.SimpleNamespace(poll=lambda: log.write_text('last'))
-        assert main.follow(process, file) == len('last')
-    assert capsys.readouterr().out == 'last'
 
 
 @pytest.mark.parametrize('option', ['--only', '--compare'])

@@ -579,14 +579,6 @@ def test_logs_of_an_earlier_run_stay(run_here, tmp_path, experiment):
     assert (tmp_path / 'process0.txt').read_text() == 'old'
 
 
-@asynchronous
-def test_what_is_on_its_way_at_the_end_is_counted(run_here, experiment):
-    code, log, _ = run_here(experiment, '--latency=1000')
-    assert code == 0 and math.isnan(log.mean['staleness'])
-    assert log.mean['in_flight'] == sum(f['in_flight'] for f in log.finals[:-1])
-    assert log.mean['in_flight'] >= 6 * 2 * 2
-
-
 @every_experiment
 def test_other_machs_finish_when_a_thread_cannot_start(run_here, monkeypatch,
                                                        experiment):

@@ -283,17 +283,6 @@ def test_isolated_runs_need_not_agree_about_messages(names, pairs):
     assert len(rows) == 3 - pairs and ['96.00', '-'][not pairs] in rows[-1]
 
 
-def test_isolated_runs_that_differ_in_messages_are_one_line():
-    logs = [make_log(connected=False, share=share) for share in (0.1, 0.2)]
-    found = metrics.lines([*logs, make_log(connected=True, share=0.1)])
-    assert {
-        label: len(same) for label, same in found.items()
-    } == {
-        'x, connected False': 2,
-        'x, connected True': 1
-    }
-
-
 def test_what_does_not_count_is_named(capsys):
     logs = [make_log(seed=seed) for seed in range(4)]
     logs[1].mean['steps'] = 4

@@ -209,22 +209,6 @@ def test_a_signal_goes_round_and_some_hyperparameters_may_differ(nodes):
     assert first.signal == signal.SIGINT  # the first counts
 
 
-def test_the_last_snapshots_of_a_process_that_has_just_ended_count():
-    main, told = conftest.load_main(EXPERIMENT), []
-    last = {i: main.Snapshot(metrics.Tally(i), i, ended=True) for i in (0, 1)}
-
-    def news():
-        told.append(1)
-        return [], last if len(told) == 2 else {}
-
-    node = types.SimpleNamespace(rank=2,
-                                 signal=0,
-                                 news=news,
-                                 hears=lambda _: False)
-    settings = main.Hyperparameters(k=2, neighbours=1)
-    assert main.train([], settings, None, node) == last
-
-
 def test_silence_is_said_once_by_the_lowest(nodes, monkeypatch, capsys):
     monkeypatch.setattr(processes, 'SILENCE', 1)
     first, second, third = pair(nodes, size=3)
@@ -352,14 +336,20 @@ def supervised(then, prefix=(), **names):
                             text=True)
 
 
-@pytest.mark.parametrize('then, code, attempts', [
-    ('os.kill(os.getpid(), 9)', 1, '012'),
-    ('os._exit(130)', 130, '0'),
-    ('sys.exit(2)', 2, '0'),
-    ('', 0, '0'),
-])
+@pytest.mark.parametrize(
+    'then, code, attempts',
+    [
+        ('os.kill(os.getpid(), 9)', 1, '012'),
+        ('os._exit(130)', 130, '0'),
+        # A job of a script: its shell ignores SIGINT, and so does all that it starts.
+        ('os.kill(os.getppid(), 2); os.kill(os.getpid(), 2); os._exit(7)', 7,
+         '0'),
+        ('sys.exit(2)', 2, '0'),
+        ('', 0, '0'),
+    ])
 def test_a_killed_child_alone_is_started_again(then, code, attempts):
-    process = supervised(then, TORCHELASTIC_RUN_ID='none')
+    job = 'sh', '-c', 'trap "" INT; exec "$@"', 'sh'
+    process = supervised(then, prefix=job, TORCHELASTIC_RUN_ID='none')
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert re.findall(r'attempt (\d)', out) == list(attempts)
@@ -380,21 +370,6 @@ def test_a_process_that_is_lost_waits_for_the_others(again):
     assert other.wait(30) == 0
     for one in other, process:
         one.communicate()
-
-
-def test_an_ignored_signal_reaches_no_child():
-    """As in a job of a script, for which a shell ignores SIGINT."""
-    then = 'os.kill(os.getppid(), 2); os.kill(os.getpid(), 2); os._exit(7)'
-    shell = 'sh', '-c', 'trap "" INT; exec "$@"', 'sh'
-    process = supervised(then, prefix=shell, TORCHELASTIC_RUN_ID='none')
-    process.communicate(timeout=30)
-    assert process.returncode == 7
-
-
-def test_without_torchrun_nothing_is_forked():
-    process = supervised('')
-    out, _ = process.communicate(timeout=30)
-    assert out == f'attempt None {process.pid}\n' and process.returncode == 0
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130),

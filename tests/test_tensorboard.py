@@ -77,16 +77,6 @@ def test_each_run_has_curves_of_its_own(run_here, before, tmp_path, experiment):
     assert all(name.startswith(f'{experiment}.seed0.') for name in names)
 
 
-def test_a_command_line(tmp_path):
-    with conftest.running(tmp_path / 'run', 'asynchronous_kgraph',
-                          *conftest.TINY,
-                          f'--tensorboard={tmp_path}/new/x') as process:
-        code, out, err = process.end()
-    assert code == 0 and 'Traceback' not in err
-    folder, = (tmp_path / 'new/x').iterdir()
-    check(metrics.parse_log(out), folder)
-
-
 @every_experiment
 def test_what_fails(run_here, monkeypatch, tmp_path, experiment):
     given, full = f'--tensorboard={tmp_path}', mock.Mock(side_effect=OSError)
