@@ -75,6 +75,7 @@ class Trainer:
         self._priors = [make_prior(one, settings) for one in self.shards]
         self._grads = [[] for _ in networks]  # Blocks in flight to each MACH
         self._answers = {}  # (MACH, which x, depth) -> a(x), of this step
+        self._synthetic = {}  # (MACH, which x) -> its student's output
         self._optimiser, self._schedule = make_optimiser(
             self.networks, self.students, settings)
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
@@ -112,7 +113,8 @@ class Trainer:
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._schedule.step()
-        self._answers.clear()  # the old parameters made them
+        # The old parameters made them.
+        self._answers, self._synthetic = {}, {}
         for tally, result in zip(self.tallies, results):
             tally.step(*result)
 
@@ -141,7 +143,7 @@ class Trainer:
                 inputs = torch.cat([
                     self._inputs(i, block.x, block.depth * real)
                     for block in blocks
-                ]).requires_grad_()  # [R, C, E]
+                ]).detach().requires_grad_()  # [R, C, E]
             h = network.local_part(torch.cat([block.x for block in blocks]))
             # Rows of Grads have no dropout: students cannot mimic its noise.
             h = drop(h, own, settings, i, self.steps_taken)
@@ -184,20 +186,22 @@ class Trainer:
                 network(x, self._inputs(i, x, depth)))
         return self._answers[key]
 
-    @torch.no_grad()
     def _inputs(self, i, x, depth):
         """Inputs of MACH i for x [B, 784]: real if depth > 0, else synthetic.
 
         Returns:
-            [B, C, E], without a graph; None without children.
+            [B, C, E], with the student's graph if any; None without children.
         """
         if not self.children[i]:
             return None
-        if depth == 0:
-            return self.student_of[i](x)
-        return torch.stack(
-            [self._answer(child, x, depth - 1) for child in self.children[i]],
-            1)
+        if depth > 0:
+            return torch.stack([
+                self._answer(child, x, depth - 1) for child in self.children[i]
+            ], 1)
+        if (i, id(x)) not in self._synthetic:
+            with torch.enable_grad():  # an answer may ask before the lesson
+                self._synthetic[i, id(x)] = self.student_of[i](x)
+        return self._synthetic[i, id(x)]
 
     def _send_grads(self, i, blocks, gradient):
         """Puts gradient [R, C, E] of MACH i's inputs in flight to its children.
@@ -230,7 +234,7 @@ class Trainer:
             return
         with make_autocast(self.settings):
             real = self._inputs(i, x, max(1, self.settings.depth))  # [B, C, E]
-            loss = students.synthetic_loss(self.student_of[i](x), real)
+            loss = students.synthetic_loss(self._inputs(i, x, 0), real)
         check_finite(loss, f'synthetic loss of mach {i}')
         loss.backward()
         self.tallies[i].lesson(loss)

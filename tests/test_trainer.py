@@ -209,6 +209,22 @@ def test_each_grad_is_applied_delay_steps_later(folder, inputs, delay, depth,
             assert tally.staleness_max == (late if late > 0 else 0)
 
 
+@synchronous
+@both_inputs
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_student_sees_an_x_once_a_step(folder, inputs, shared):
+    """As own rows, in answers, in its lesson, and in Grads."""
+    run = make_all(folder, shared=shared, inputs=inputs, delay=1)
+    seen = []  # it keeps all x, so their ids differ
+    for student in run.learners:
+        student.register_forward_pre_hook(lambda *call: seen.append(call))
+    for _ in range(3):
+        before = len(seen)
+        run.trainers[0].step()
+        calls = [(student, id(x)) for student, (x,) in seen[before:]]
+        assert len(calls) == len(set(calls)) > 0
+
+
 @pytest.mark.parametrize('delay', [0, 1, 3])
 def test_single_applies_each_grad_delay_steps_later(delay, plain):
     """Its student mimics the embedding d, which its head reads."""
