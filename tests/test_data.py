@@ -194,7 +194,7 @@ def test_no_network_draws_digits(tmp_path, offline, capfd):
     assert not names(tmp_path)  # no empty folder is left
 
 
-def test_a_full_disk_is_no_missing_network(tmp_path, monkeypatch):
+def test_a_full_disk_is_no_missing_network(tmp_path, offline, monkeypatch):
 
     def download(_):
         raise OSError(errno.ENOSPC, 'No space left on device')
@@ -202,6 +202,8 @@ def test_a_full_disk_is_no_missing_network(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.MNIST, 'download', download)
     with pytest.raises(data.DataError, match='the temporary folder .*No space'):
         data.load(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert data.load(validation=0).name == 'drawn-digits'  # from `data`
 
 
 def test_hanging_download_ends_at_the_deadline(tmp_path, monkeypatch, capfd):
