@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-from conftest import ROOT
 from mach import main, metrics
 
 NAN = math.nan
@@ -315,8 +314,3 @@ def test_precision_is_what_the_processor_can_do(monkeypatch, flags, chosen):
     for device in 'cpu', 'cuda:0':
         assert metrics.choose_precision('auto', device) == chosen
         assert metrics.choose_precision('asked', device) == 'asked'
-
-
-def test_torch_is_not_imported():
-    code = 'from mach import main, metrics; assert "torch" not in metrics.sys.modules'
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)

@@ -276,17 +276,6 @@ def test_strangers_are_harmless(nodes, monkeypatch, capsys):
     assert capsys.readouterr().err.count('\n') == 1
 
 
-def test_a_bad_frame_ends_its_connection_alone(nodes, capsys):
-    first, second = pair(nodes)
-    for content in b'no frame', b'[0, "Evil", {}]', b'[5, "Spike", {}]':
-        wire = second.connect(0)
-        wire.send_bytes(content)
-        with pytest.raises((OSError, EOFError)):
-            wire.recv_bytes()
-    assert wait_until(lambda: first.hears(1))
-    assert capsys.readouterr().err.count('process 0 refuses process 1: ') == 1
-
-
 @pytest.mark.parametrize('names, hosts, message', [
     (dict(WORLD_SIZE='4'), '', '4 processes need as many MACHs: --k 4'),
     (dict(RANK='5', WORLD_SIZE='2'), '', 'RANK=5 must be 0 to 1'),

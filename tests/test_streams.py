@@ -144,7 +144,7 @@ def test_stdout_that_fails(tmp_path, experiment, redirect, number):
                          conftest.SYNCHRONOUS + conftest.ASYNCHRONOUS)
 def test_the_command_line_is_read_before_torch_is_imported(
         tmp_path, experiment):
-    for word, status in ('--help', 0), ('--stepz=3', 2), ('--k=none', 2):
+    for word, status in ('--help', 0), ('--stepz=3', 2), ('--seed=none', 2):
         with conftest.running(tmp_path / word, experiment, word) as process:
             code, out, _ = process.end()
         assert code == status and 'argparse' in process.said()
