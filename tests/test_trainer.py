@@ -671,7 +671,7 @@ class Growing(dict):
 
     def items(self):
         for item in super().items():
-            self[len(self)] = [0, 0]
+            self[-len(self)] = [0, 0]
             yield item
 
 
