@@ -42,14 +42,14 @@ def begin(trainers, settings, stack, restarted=False):
         OSError: the folder cannot be written.
     """
     folder = settings.checkpoint
-    if folder and not (settings.resume and not os.path.isdir(folder)):
+    if folder and (os.path.isdir(folder) or not settings.resume):
         prepare(folder)
         _lock(pathlib.Path(folder, trainers[0].file), stack)
     there = [one for one in trainers if pathlib.Path(folder, one.file).exists()]
     if folder and there and not settings.resume and not restarted:
         raise data.DataError(f'{folder} has {there[0].file} of an earlier run: '
-                             '--resume True continues it; or choose another '
-                             '--checkpoint')
+                             '--resume True continues it; else choose another '
+                             'folder')
     for one in trainers if settings.resume or restarted else ():
         try:
             if not folder:
