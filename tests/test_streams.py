@@ -178,7 +178,8 @@ def test_windows(tmp_path, monkeypatch):
             return process.end()
 
     code, out, err = run('threads', f'--checkpoint={tmp_path}/saved')
-    assert (code, err) == (0, '') and metrics.parse_log(out).mean['steps'] == 6
+    assert code == 0 and 'Traceback' not in err
+    assert metrics.parse_log(out).mean['steps'] == 6
     log, picture = tmp_path / 'threads' / 'out', tmp_path / 'a.svg'
     words = conftest.ROOT / 'mach/main.py', '--compare', log, '--plot', picture
     subprocess.run([*prefix, sys.executable, *words], check=True)
@@ -186,8 +187,8 @@ def test_windows(tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
     code, _, err = run('processes')
-    assert code == 2 and err == ('asynchronous_kgraph: several processes need '
-                                 'Linux or macOS; threads need nothing\n')
+    assert code == 2 and err.endswith(
+        'kgraph: several processes need Linux or macOS; threads need nothing\n')
 
 
 # ---------------------------------------------------------------------- forks
