@@ -1,12 +1,13 @@
 """What one MACH asks, answers, relays and keeps: its side of every message.
 
-Two structures hold messages. `_arrived` keeps the newest 32 of each kind,
-sender and depth. `pending` keeps each question to the children, until they have
+Two structures hold messages. `_arrived` keeps the newest of each kind, sender
+and depth. `pending` keeps each question to the children, until they have
 answered or its time is over.
 
-Two rules make accuracy independent of the schedule. A step takes one message of
-each kind, sender and depth: the newest unused one. A step without a new Grad or
-Answer reuses the least recently used of the last 32.
+A step takes one message of each kind, sender and depth. Of Spikes and Grads it
+is the newest unused one. Of Answers, and without a new Grad, it is one drawn
+from all that are kept. So a student learns from many moments of its children at
+once, on any schedule.
 """
 # Copied from asynchronous_sequence/exchange.py
 
@@ -14,13 +15,15 @@ import collections
 import dataclasses
 import itertools
 import math
+import random
 import time
 
 import torch
 from link import Answer, Grad, Mailbox, Spike, is_finite
 from torch.linalg import vector_norm
 
-KEPT = 32  # most messages of a kind, sender and depth; then the oldest goes
+# Most messages of a kind, sender and depth; then the oldest goes.
+KEPT = {Spike: 32, Grad: 32, Answer: 128}
 PENDING = 1024  # most open questions; then the oldest is discarded
 LESSON = 10  # deadlines per edge for a question that only the student needs
 
@@ -56,12 +59,10 @@ class Exchange:
         # awaits Answers is under its own key. A locked MACH also keeps each
         # answered relay, under the key of its Grad, to reuse the same inputs.
         self.pending = {}
-        # (kind, sender, depth) -> [message, its Block, number of its last use],
-        # oldest first. Only an Answer has a Block. An unused entry has number
-        # 0.
-        self._arrived = collections.defaultdict(
-            lambda: collections.deque(maxlen=KEPT))
-        self._uses = itertools.count(1)
+        # (kind, sender, depth) -> [message, its Block, whether it is new], oldest
+        # first. Only an Answer has a Block. It is new to a locked MACH alone.
+        self._arrived = {}
+        self._random = random.Random(f'{settings.seed} {index}')
         # A resumed MACH may get answers to Spikes from before. Keys that start
         # at the clock are new, so it ignores those answers.
         self._numbers = itertools.count(time.time_ns())
@@ -103,9 +104,12 @@ class Exchange:
                 if block is None or message.sender in block.answers:
                     continue
                 block.answers[message.sender] = message
-            ring = self._arrived[type(message), message.sender, message.depth]
-            self.dropped += len(ring) == KEPT and ring[0][-1] == 0
-            ring.append([message, block, 0])
+            kind = type(message)
+            ring = self._arrived.setdefault(
+                (kind, message.sender, message.depth),
+                collections.deque(maxlen=KEPT[kind]))
+            self.dropped += len(ring) == KEPT[kind] and ring[0][-1]
+            ring.append([message, block, kind is not Answer or self.locked])
 
     def take(self, learning=True):
         """Chooses the messages of one forward.
@@ -123,12 +127,12 @@ class Exchange:
             if kind is not Spike and not learning:
                 continue
             most = 1 if learning and not self.locked else None
-            unused = (entry for entry in reversed(ring) if entry[-1] == 0)
-            chosen = list(itertools.islice(unused, most))
+            new = (entry for entry in reversed(ring) if entry[-1])
+            chosen = list(itertools.islice(new, most))
             if most and kind is not Spike and not chosen:
-                chosen = [min(ring, key=lambda entry: entry[-1])]
+                chosen = [self._random.choice(ring)]
             for entry in chosen:
-                message, block, entry[-1] = *entry[:2], next(self._uses)
+                message, block, entry[-1] = *entry[:2], False
                 if kind is Answer:
                     lesson = lessons.setdefault(message.key, Block(block.x))
                     lesson.answers[message.sender] = message

@@ -1,5 +1,6 @@
 """How MACHs talk: what they ask, answer, relay, keep and drop; links, turns."""
 
+import collections
 import itertools
 import math
 import queue
@@ -187,7 +188,7 @@ def take(exchange):
 
 
 def test_a_step_takes_one_message_of_each_kind_sender_and_depth(folder):
-    """It takes the newest unused one. A second Answer to a Spike is ignored."""
+    """The newest unused Spike and Grad. A second Answer to a Spike is ignored."""
     trainer, sinks, tell = make_lone(folder, (0, 1))
     exchange, d = trainer.exchange, draw(1, 4, WIDTH)
     for i, sender, depth in itertools.product((1, 2, 3), (0, 1), (0, 1)):
@@ -199,14 +200,38 @@ def test_a_step_takes_one_message_of_each_kind_sender_and_depth(folder):
             tell('Answer', key, sender, torch.full_like(d, value), 0, depth)
     for i in (3, 2, 1):
         sinks[0].messages.clear()
-        expected = [i, 10 + i, 100 + i, 110 + i]
-        assert take(exchange) == ([i, 100 + i], expected, expected)
+        spikes, grads, answers = take(exchange)
+        assert spikes == [i, 100 + i]
+        assert grads == [i, 10 + i, 100 + i, 110 + i]
+        assert [n - n % 10 for n in answers] == [0, 10, 100, 110]
         assert len(sinks[0].messages) == 2, 'Spikes that it relays'
 
 
-def test_a_step_without_a_new_message_reuses_an_old_one(folder, monkeypatch):
-    """The least recently used of the last KEPT; a Spike is answered once."""
-    monkeypatch.setattr(conftest.load(folder).exchange, 'KEPT', 3)
+def keep(folder, most, monkeypatch):
+    """Has an Exchange keep fewer messages of a kind, sender and depth."""
+    module = conftest.load(folder).exchange
+    monkeypatch.setattr(module, 'KEPT', dict.fromkeys(module.KEPT, most))
+
+
+def test_a_student_learns_from_any_of_the_last_answers(folder, monkeypatch):
+    """Each child's is drawn by itself, new or not. None counts as dropped."""
+    keep(folder, 3, monkeypatch)
+    trainer, _, tell = make_lone(folder, (0, 1))
+    exchange, d = trainer.exchange, draw(1, 4, WIDTH)
+    for i in range(5):
+        key = exchange.ask(draw(i), 0).key
+        for child in 0, 1:
+            value = torch.full_like(d, 10 * child + i)
+            tell('Answer', key, child, value, 0, 0)
+    drawn = collections.Counter(tuple(take(exchange)[2]) for _ in range(300))
+    last = itertools.product((2, 3, 4), (12, 13, 14))
+    assert set(drawn) == set(last) and min(drawn.values()) > 10
+    assert exchange.dropped == 0
+
+
+def test_a_step_without_a_new_grad_reuses_an_old_one(folder, monkeypatch):
+    """It is drawn from the last KEPT. A Spike is answered once."""
+    keep(folder, 3, monkeypatch)
     trainer, _, tell = make_lone(folder)
     exchange = trainer.exchange
 
@@ -219,13 +244,14 @@ def test_a_step_without_a_new_message_reuses_an_old_one(folder, monkeypatch):
     assert step() == ([], [])
     assert step(1, 2) == ([2], [2])
     assert step() == ([1], [1])
-    assert [step(), step()] == [([], [2]), ([], [1])]
+    assert {str(step()) for _ in range(30)} == {'([], [1])', '([], [2])'}
     assert step(3, 4, 5, 6) == ([6], [6])
     assert exchange.dropped == 2, 'a Spike and a Grad that were never used'
     assert step() == ([5], [5])
     assert step(7) == ([7], [7])
     assert exchange.dropped == 4
-    assert [step() for _ in range(4)] == [([], [n]) for n in (6, 5, 7, 6)]
+    found = {str(step()) for _ in range(60)}
+    assert found == {'([], [5])', '([], [6])', '([], [7])'}
 
 
 def test_staleness_counts_steps_of_the_receiver(folder):
@@ -301,8 +327,8 @@ def test_a_message_never_changes_after_it_is_sent(folder, inputs):
 def test_a_flood_does_not_fill_the_memory(folder, kind, inputs, answered,
                                           dropped, monkeypatch):
     """What makes room is counted. A Spike that makes room is answered early."""
-    for name in ('KEPT', 'PENDING'):
-        monkeypatch.setattr(conftest.load(folder).exchange, name, 4)
+    keep(folder, 4, monkeypatch)
+    monkeypatch.setattr(conftest.load(folder).exchange, 'PENDING', 4)
     trainer, sinks, tell = make_lone(folder, inputs=inputs)
     x, d = draw(1), draw(2, 4, WIDTH)
     exchange = trainer.exchange
