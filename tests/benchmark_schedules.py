@@ -113,7 +113,7 @@ def check(what, value, bound, least):
 
 def table(experiment, found, seeds, names):
     """Prints the table of one experiment and what it says of the floors."""
-    print(f'\n| schedule | real | synthetic | worst MACH | '
+    print('\n| schedule | real | synthetic | worst MACH | '
           'least gain | staleness, mean / max | dropped |\n' + '| --- ' * 7 +
           '|')
     means, least = {}, {}
